@@ -1,0 +1,1 @@
+"""One model's life, and all models together."""

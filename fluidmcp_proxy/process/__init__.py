@@ -1,0 +1,1 @@
+"""The operating system: start a tree of processes and leave none behind."""
