@@ -1,0 +1,55 @@
+"""What is allowed but deserves a warning. Each is one line with a JSON path and without the value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from .arguments import read_arguments
+from .faults import json_path
+from .models import ModelConfig, ModelOptions
+from .secrets import secret_arguments
+
+_DEV_MODE = "VLLM_SERVER_DEV_MODE"
+_LAUNCH_ONLY = (
+    "startup_timeout", "stop_timeout", "restart_policy", "max_restarts", "restart_delay", "verify_listener"
+)  # fmt: skip
+
+
+def warnings_for(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
+    """The warnings of one model, in the order of its keys."""
+    if model.command is None:
+        yield from _unused(model)
+        return
+    for index in sorted({index for index, _ in secret_arguments(model.args)}):
+        where = json_path("llmModels", model.id, "args", index)
+        yield f"{where}: a secret in args is visible to every user of this machine; put it into env as ${{NAME}}"
+    host = read_arguments(model.command, model.args).host
+    if host is not None and host.value in ("0.0.0.0", "::", "[::]"):  # noqa: S104 - compared, not bound
+        where = json_path("llmModels", model.id, "args", host.index)
+        yield f"{where}: --host {host.value} opens the server to the network, past the gateway; write 127.0.0.1"
+    for index, argument in enumerate(model.args):
+        if "${" in argument:
+            where = json_path("llmModels", model.id, "args", index)
+            yield f"{where}: ${{…}} is not expanded in args; the program gets it as it stands"
+    yield from _dev_mode(model, environ)
+    if not model.verify_listener:
+        where = json_path("llmModels", model.id, "verify_listener")
+        yield f"{where}: false: whatever listens on the port is taken for the model's server"
+
+
+def _dev_mode(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
+    # vLLM reads it as bool(int(value)).
+    if model.env.get(_DEV_MODE, environ.get(_DEV_MODE, "0")).strip() in ("", "0"):
+        return
+    inside = _DEV_MODE in model.env
+    where = json_path("llmModels", model.id, *(("env", _DEV_MODE) if inside else ()))
+    yield f"{where}: {_DEV_MODE}=1 opens vLLM's development routes; remove it unless sleep mode needs it"
+
+
+def _unused(model: ModelConfig) -> Iterator[str]:
+    fields = ModelOptions.model_fields
+    unused = [name for name in _LAUNCH_ONLY if getattr(model, name) != fields[name].default]
+    if model.env:
+        unused.insert(0, "env")
+    for name in unused:
+        yield f"{json_path('llmModels', model.id, name)}: has no effect without a command"

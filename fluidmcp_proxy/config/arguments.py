@@ -1,0 +1,138 @@
+"""What a server's command line says about where it listens and which names it serves.
+
+Only the few options that concern the gateway are read; everything else is the server's business.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+VLLM_PORT = 8000
+"""Where ``vllm serve`` listens without ``--port``."""
+
+# Options of `vllm serve` without a value besides the --enable-*, --disable-* and --no-* ones: what follows them may be
+# the model.
+_FLAGS = {"--trust-remote-code", "--enforce-eager", "--headless", "--async-scheduling", "--skip-tokenizer-init"}
+_FLAG_PREFIXES = ("--enable-", "--disable-", "--no-", "--return-", "--log-", "--use-")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option with its first value and the index of the argument where a fault in it is shown."""
+
+    index: int
+    value: str | None
+
+
+@dataclass(frozen=True)
+class ServerArguments:
+    """The facts that ``command`` and ``args`` state."""
+
+    is_vllm: bool
+    port: Option | None
+    host: Option | None
+    uds: Option | None
+    config_file: bool
+    """``vllm serve --config FILE``: anything may be set there, so a missing option means nothing."""
+    model: str | None
+    served_model_names: tuple[str, ...]
+
+    @property
+    def default_port(self) -> int | None:
+        """The port without ``--port``, where it is known."""
+        return VLLM_PORT if self.is_vllm and not self.config_file else None
+
+
+def read_arguments(command: str, args: Sequence[str]) -> ServerArguments:
+    """Read ``--port``, ``--host``, ``--uds``, ``--model`` and ``--served-model-name``.
+
+    As argparse does, the last of several wins and ``--port=1`` is ``--port 1``; as vLLM does, ``_`` is ``-`` in names.
+    """
+    start = _vllm_start(command, args)
+    model = find_option(args, "--model")
+    return ServerArguments(
+        is_vllm=start is not None,
+        port=find_option(args, "--port"),
+        host=find_option(args, "--host"),
+        uds=find_option(args, "--uds"),
+        config_file=start is not None and find_option(args, "--config") is not None,
+        model=model.value if model is not None else None if start is None else _positional(args[start:]),
+        served_model_names=_values(args, "--served-model-name"),
+    )
+
+
+def find_option(args: Sequence[str], name: str) -> Option | None:
+    """The last occurrence of ``name``."""
+    found = None
+    for index, written, value in options(args):
+        if written == name:
+            found = Option(index, value)
+    return found
+
+
+def options(args: Sequence[str]) -> Iterator[tuple[int, str, str | None]]:
+    """Index, name and value of each long option; the value is the next argument unless that is an option itself."""
+    for index, argument in enumerate(args):
+        if argument == "--":
+            return
+        if not argument.startswith("--"):
+            continue
+        name, separator, value = argument.partition("=")
+        if separator:
+            yield index, name.replace("_", "-"), value
+            continue
+        following = args[index + 1] if index + 1 < len(args) else None
+        yield index, name.replace("_", "-"), None if following is None or following.startswith("--") else following
+
+
+def misspelt_dash(argument: str) -> bool:
+    """Whether an option begins with a typographic dash, as text editors and web pages make of ``--``."""
+    return re.match(r"-?[\u2010-\u2015\u2212]+-?[A-Za-z]", argument) is not None
+
+
+def glued_value(argument: str) -> bool:
+    """Whether option and value are one argument, ``--port 8001``, which no shell has split here."""
+    return re.match(r"--[A-Za-z][\w-]*\s+\S", argument) is not None
+
+
+def _vllm_start(command: str, args: Sequence[str]) -> int | None:
+    """The index in ``args`` after ``vllm serve`` or ``-m vllm…``, also behind a launcher; None: not vLLM."""
+    words = [command, *args]
+    for index, (word, following) in enumerate(itertools.pairwise(words)):
+        if os.path.basename(word) == "vllm" and following == "serve":
+            return index + 1
+        if word == "-m" and (following == "vllm" or following.startswith("vllm.")):
+            serve = index + 1 < len(args) and args[index + 1] == "serve"
+            return index + 2 if serve else index + 1
+    return None
+
+
+def _positional(args: Sequence[str]) -> str | None:
+    takes_value = False
+    for argument in args:
+        if not argument.startswith("-"):
+            if not takes_value:
+                return argument
+            takes_value = False
+            continue
+        name = argument.replace("_", "-")
+        takes_value = "=" not in argument and name not in _FLAGS and not name.startswith(_FLAG_PREFIXES)
+    return None
+
+
+def _values(args: Sequence[str], name: str) -> tuple[str, ...]:
+    option = find_option(args, name)
+    if option is None or option.value is None:
+        return ()
+    if "=" in args[option.index]:
+        return (option.value,)
+    values = []
+    for value in args[option.index + 1 :]:
+        if value.startswith("-"):
+            break
+        values.append(value)
+    return tuple(values)

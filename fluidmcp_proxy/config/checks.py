@@ -1,0 +1,50 @@
+"""What must hold between models, and between a model and the gateway.
+
+Compared as written: no name is resolved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from fluidmcp_proxy.errors import ConfigError
+
+from .endpoint import LOOPBACK, canonical_host
+from .faults import json_path, shown
+from .models import ModelConfig
+from .settings import Settings
+
+
+def check_upstreams(models: Mapping[str, ModelConfig], settings: Settings) -> None:
+    """Raise ``ConfigError``: ``upstream_is_gateway`` or ``duplicate_upstream``."""
+    for model in models.values():
+        _refuse_gateway(model, settings)
+    _refuse_duplicates(models.values())
+
+
+def _refuse_gateway(model: ModelConfig, settings: Settings) -> None:
+    if model.endpoint is None or model.endpoint.address != (canonical_host(settings.host), settings.port):
+        return
+    problem = f"port {settings.port} is the gateway's own"
+    remedy = "give the server another port (and its --port), or set the gateway's port"
+    raise ConfigError("upstream_is_gateway", problem, path=_where(model), remedy=remedy)
+
+
+def _refuse_duplicates(models: Iterable[ModelConfig]) -> None:
+    first: dict[tuple[str, int], ModelConfig] = {}
+    for model in models:
+        if model.endpoint is None:
+            continue
+        other = first.setdefault(model.endpoint.address, model)
+        if other is model:
+            continue
+        if model.command is None and other.command is None:
+            continue
+        host, port = model.endpoint.address
+        problem = f"{shown(other.id)} has the same address (port {port}{'' if host == LOOPBACK else ' of ' + host})"
+        remedy = "give each server its own port, in args and base_url"
+        raise ConfigError("duplicate_upstream", problem, path=_where(model), remedy=remedy)
+
+
+def _where(model: ModelConfig) -> str:
+    return json_path("llmModels", model.id, "endpoints", "base_url")

@@ -1,0 +1,170 @@
+"""From one entry of ``llmModels`` to a ``ModelConfig``: expansion, the address, what only makes sense together.
+
+It looks at one model alone; ``checks`` compares models with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import SecretStr, ValidationError
+
+from fluidmcp_proxy.errors import ConfigError
+
+from .arguments import Option, ServerArguments, glued_value, misspelt_dash, read_arguments
+from .endpoint import Endpoint, local_endpoint, parse_base_url
+from .expansion import expand
+from .faults import from_validation, json_path, kind
+from .models import EndpointsEntry, Environment, ModelConfig, ModelEntry, ModelOptions
+from .secrets import secret_arguments, secrets_of_environment, secrets_of_expansion
+
+_KNOWN = {(): list(ModelEntry.model_fields), ("endpoints",): list(EndpointsEntry.model_fields)}
+
+
+def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> ModelConfig:
+    """Check one entry and make the model of it. Raises ``ConfigError`` with any code of a model's keys."""
+    path = ("llmModels", model_id)
+    if not isinstance(entry, Mapping):
+        problem = f"a model must be an object, not {kind(entry)}"
+        raise ConfigError(
+            "config_invalid_type", problem, path=json_path(*path), remedy='write {"command": …, "args": […]}'
+        )
+    _refuse_null(entry, path)
+    try:
+        written = ModelEntry.model_validate(dict(entry))
+    except ValidationError as error:
+        raise from_validation(error, *path, known=_KNOWN) from None
+    _check_command(written, path)
+    env, secrets = _expand_env(written, environ, path)
+    key = _expand_key(written, environ, path)
+    arguments = read_arguments(written.command or "", written.args)
+    names = arguments.served_model_names or ((arguments.model,) if arguments.model else ())
+    return ModelConfig(
+        **{name: getattr(written, name) for name in ModelOptions.model_fields},
+        id=model_id,
+        env=env,
+        endpoint=_endpoint(written, arguments, path),
+        readiness_path=written.readiness_path or ("/v1/models" if written.command is None else "/health"),
+        api_key=None if key is None else SecretStr(key),
+        served_names=names if written.command is not None else (),
+        secrets=secrets | ({key} if key else set()) | {text for _, text in secret_arguments(written.args)},
+    )
+
+
+def _refuse_null(entry: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    endpoints = entry.get("endpoints")
+    if isinstance(endpoints, list):
+        problem = "a list of endpoints is not supported"
+        where = json_path(*path, "endpoints")
+        raise ConfigError(
+            "invalid_base_url", problem, path=where, remedy='write {"base_url": "http://localhost:8001/v1"}'
+        )
+    if isinstance(endpoints, Mapping) and endpoints.get("base_url", "") is None:
+        where = json_path(*path, "endpoints", "base_url")
+        raise ConfigError(
+            "invalid_base_url", "must be a string, not null", path=where, remedy="leave it out, or write the address"
+        )
+
+
+def _check_command(written: ModelEntry, path: tuple[str, ...]) -> None:
+    if written.command is None:
+        if written.args:
+            remedy = 'write "command", or remove args if someone else runs the server'
+            raise ConfigError(
+                "invalid_command", "args without a command", path=json_path(*path, "command"), remedy=remedy
+            )
+        return
+    vllm = read_arguments(written.command, written.args).is_vllm
+    for index, argument in enumerate(written.args):
+        where = json_path(*path, "args", index)
+        if misspelt_dash(argument):
+            raise ConfigError(
+                "invalid_args", "begins with a typographic dash", path=where, remedy="write two hyphens: --"
+            )
+        if vllm and glued_value(argument):
+            remedy = 'write two strings: "--option", "value"'
+            raise ConfigError("invalid_args", "an option and its value in one string", path=where, remedy=remedy)
+
+
+def _expand_env(
+    written: ModelEntry, environ: Mapping[str, str], path: tuple[str, ...]
+) -> tuple[Environment, frozenset[str]]:
+    values: dict[str, str] = {}
+    secrets = set(secrets_of_environment(environ)) if written.command is not None else set()
+    for name, text in written.env.items():
+        where = json_path(*path, "env", name)
+        if not name or "=" in name:
+            raise ConfigError(
+                "invalid_env", "a variable's name is empty or has a = in it", path=where, remedy="rename it"
+            )
+        values[name], used = expand(text, environ, path=where, code="invalid_env")
+        if "\0" in values[name]:
+            raise ConfigError("invalid_env", "has a NUL character", path=where, remedy="remove it")
+        secrets.update(secrets_of_expansion(values[name], used, environ))
+    secrets.update(secrets_of_environment(values))
+    return Environment(values), frozenset(secrets)
+
+
+def _expand_key(written: ModelEntry, environ: Mapping[str, str], path: tuple[str, ...]) -> str | None:
+    if written.api_key is None:
+        return None
+    where = json_path(*path, "api_key")
+    key, _ = expand(written.api_key, environ, path=where, code="invalid_value")
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        problem = "is empty, or has spaces or characters that no HTTP header can carry"
+        raise ConfigError("invalid_value", problem, path=where, remedy="write the key alone, without Bearer")
+    return key
+
+
+def _endpoint(written: ModelEntry, arguments: ServerArguments, path: tuple[str, ...]) -> Endpoint:
+    where = json_path(*path, "endpoints", "base_url")
+    launched = written.command is not None
+    if launched and arguments.uds is not None:
+        problem = "a server on a Unix socket cannot be reached"
+        raise ConfigError(
+            "invalid_args", problem, path=json_path(*path, "args", arguments.uds.index), remedy="use --port"
+        )
+    stated = _port(arguments.port, path, strict=arguments.is_vllm) if launched else None
+    port = stated if arguments.port is not None else arguments.default_port
+    url = written.endpoints.base_url
+    if url is None:
+        return _derived(arguments.host.value if arguments.host else None, port, where, launched=launched)
+    try:
+        endpoint = parse_base_url(url)
+    except ConfigError as error:
+        raise ConfigError(error.code, error.problem, remedy=error.remedy, path=where) from None
+    if launched and written.verify_listener and port is not None and endpoint.port != port:
+        says = f"says port {port}" if arguments.port is not None else f"has no --port, so vLLM listens on {port}"
+        remedy = f"use one port in both places (if a launcher such as docker maps {port} to {endpoint.port}: verify_listener false)"
+        raise ConfigError("port_mismatch", f"the port is {endpoint.port}, but args {says}", path=where, remedy=remedy)
+    return endpoint
+
+
+def _derived(host: str | None, port: int | None, where: str, *, launched: bool) -> Endpoint:
+    if port is None:
+        problem = "nothing says where the server listens" if launched else "is required without a command"
+        raise ConfigError("invalid_base_url", problem, path=where, remedy="write it like http://localhost:8001/v1")
+    try:
+        return local_endpoint(host, port)
+    except ConfigError:
+        problem = "cannot be derived from --host in args"
+        raise ConfigError(
+            "invalid_base_url", problem, path=where, remedy="write it like http://localhost:8001/v1"
+        ) from None
+
+
+def _port(option: Option | None, path: tuple[str, ...], *, strict: bool) -> int | None:
+    """The number after ``--port``; another program's ``--port`` may mean something else and is left to it."""
+    if option is None:
+        return None
+    text = option.value or ""
+    if text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= 65535:
+        return int(text)
+    if not strict and not text.lstrip("-").isdigit():
+        return None
+    problem = "--port needs a number from 1 to 65535" + (" (0 cannot be discovered)" if text == "0" else "")
+    where = json_path(*path, "args", option.index)
+    raise ConfigError(
+        "invalid_args", problem, path=where, remedy='write "--port", "8001"; variables are not expanded in args'
+    )

@@ -1,0 +1,141 @@
+"""How a fault in the configuration is worded: one line, a JSON path, a remedy and never a value that may be secret.
+
+It does not decide what is a fault.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from fluidmcp_proxy.errors import ConfigError
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_$-]+")
+_MODEL_CODES = {
+    "command": "invalid_command",
+    "args": "invalid_args",
+    "env": "invalid_env",
+    "endpoints": "invalid_base_url",
+}
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (type(None), "null"),
+    (bool, "a boolean"),
+    ((int, float), "a number"),
+    (str, "a string"),
+    ((list, tuple), "a list"),
+    (Mapping, "an object"),
+)
+_WANTED = {
+    "string_type": "a string",
+    "string_sub_type": "a string",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "an object",
+    "mapping_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "path_type": "a string",
+    "invalid_key": "an object whose keys are strings",
+}
+_REMEDIES = {
+    "string_type": "put it in double quotes",
+    "string_sub_type": "put it in double quotes",
+    "int_type": "write a JSON number without quotes",
+    "float_type": "write a JSON number of seconds without quotes",
+    "bool_type": "write true or false without quotes",
+    "tuple_type": 'write a list: ["…"]',
+}
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """A name out of the file, quoted, on one line and short enough to print."""
+    whole = str(text)
+    cut = whole if len(whole) <= limit else whole[:limit] + "…"
+    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
+    return "'" + escaped + "'"
+
+
+def json_path(*parts: object) -> str:
+    """``llmModels.vllm.args[3]``; a key that is not a plain word goes into brackets."""
+    path = ""
+    for part in parts:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif isinstance(part, str) and _BARE_KEY.fullmatch(part):
+            path += f".{part}" if path else part
+        else:
+            path += f"[{shown(part)}]"
+    return path
+
+
+def kind(value: object) -> str:
+    """The JSON name of a value's type, for messages that must not show the value."""
+    for types, name in _KINDS:
+        if isinstance(value, types):
+            return name
+    return f"a Python {type(value).__name__}"
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The remedy for an unknown name: the closest known one, else all of them."""
+    candidates = list(known)
+    by_shape = {_shape(candidate): candidate for candidate in candidates}
+    close = difflib.get_close_matches(_shape(str(name)), by_shape, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{by_shape[close[0]]}'?"
+    return f"the known ones are {', '.join(candidates)}"
+
+
+def unknown_key(name: object, known: Iterable[str], *parents: object) -> ConfigError:
+    """An ``unknown_key`` for ``name`` inside ``parents``."""
+    problem = f"{shown(name)} is not a key that can be used here"
+    return ConfigError("unknown_key", problem, path=json_path(*parents, name), remedy=nearest(name, known))
+
+
+def from_validation(
+    error: ValidationError, *parents: object, known: Mapping[tuple[str, ...], Iterable[str]]
+) -> ConfigError:
+    """The first fault of pydantic's list in our words.
+
+    ``known`` has the known keys of each object that may have unknown ones, by its place below ``parents``. The
+    pydantic error itself is not chained by callers: it carries the values.
+    """
+    first = error.errors(include_url=False)[0]
+    loc = tuple(part for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        names = known.get(tuple(str(part) for part in loc[:-1]), ())
+        return unknown_key(loc[-1], names, *parents, *loc[:-1])
+    code = _MODEL_CODES.get(str(loc[0]) if loc else "", "invalid_value")
+    return ConfigError(code, _problem(first), path=json_path(*parents, *loc), remedy=_remedy(first))
+
+
+def _problem(first: Any) -> str:
+    wanted = _WANTED.get(first["type"])
+    if wanted is not None:
+        given = "a fraction" if first["type"] == "int_from_float" else kind(first["input"])
+        return f"must be {wanted}, not {given}"
+    if first["type"] == "string_unicode":
+        return "has a character that is not Unicode (a lone surrogate)"
+    if first["type"] == "enum":
+        return f"must be {first['ctx']['expected']}"
+    return str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must").replace("must have", "has")
+
+
+def _remedy(first: Any) -> str:
+    if first["type"] == "enum" and isinstance(first["input"], str):
+        expected = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        return nearest(first["input"], expected)
+    if first["type"] == "value_error_with_remedy":
+        return str(first["ctx"]["remedy"])
+    return _REMEDIES.get(first["type"], "")
+
+
+def _shape(name: str) -> str:
+    return name.lower().replace("-", "_").strip("_")

@@ -1,0 +1,232 @@
+"""The configuration as values: what the user may write (``ModelEntry``) and what the rest of the package gets.
+
+Frozen, and without any behaviour beyond hiding what must not be shown. The field descriptions are the source of the
+JSON Schema and are checked against ``docs/configuration.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    SecretStr,
+)
+from pydantic_core import PydanticCustomError
+
+from .endpoint import Endpoint
+from .settings import Settings
+
+MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RESERVED_IDS = ("v1", "health", "ready", "metrics", "models", "static", "docs")
+_SERVER_PATH = r"^/[!-~]*$"
+_EXTRA_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()+,;=:@-]*)+\*?")
+
+
+class RestartPolicy(StrEnum):
+    """What follows an exit that nobody asked for."""
+
+    NO = "no"
+    ON_FAILURE = "on-failure"
+    ALWAYS = "always"
+
+
+class Environment(Mapping[str, str]):
+    """Variables for a child. Immutable; its ``repr`` has the names only, since any value may be a secret."""
+
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
+        self._variables = dict(variables or {})
+
+    def __getitem__(self, name: str) -> str:
+        return self._variables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._variables.items()))
+
+    def __repr__(self) -> str:
+        return f"Environment({', '.join(self._variables)})"
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("nul", "has a NUL character, which no program can be given")
+    return text
+
+
+def _program(command: str) -> str:
+    if not command.strip() or command != command.strip():
+        raise PydanticCustomError("empty", "is empty, or begins or ends with a space")
+    if any(char.isspace() for char in command) and "/" not in command:
+        raise _remediable("has arguments in it, and there is no shell to split them", "put the arguments into args")
+    if command.startswith("~"):
+        raise _remediable("begins with ~, which only a shell expands", "write the whole path")
+    return command
+
+
+def _extra_path(path: str) -> str:
+    segments = path.removesuffix("*").split("/")
+    if not _EXTRA_PATH.fullmatch(path) or "//" in path or "." in segments or ".." in segments:
+        raise _remediable(
+            "is not an absolute path (no query, no escapes, no dot segments, * only at its end)",
+            "write it like '/tokenize' or '/admin/*'",
+        )
+    return path
+
+
+def _remediable(problem: str, remedy: str) -> PydanticCustomError:
+    return PydanticCustomError("value_error_with_remedy", problem, {"remedy": remedy})  # type: ignore[arg-type]
+
+
+_Argument = Annotated[str, AfterValidator(_without_nul)]
+_Seconds = Annotated[float, Field(ge=0)]
+_PositiveSeconds = Annotated[float, Field(gt=0)]
+_ServerPath = Annotated[str, Field(pattern=_SERVER_PATH)]
+
+
+class _Frozen(BaseModel):
+    # hide_input_in_errors: a validation error's text must not carry a value, which may be a secret.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class ModelOptions(_Frozen):
+    """The keys of a model that mean in the file what they mean in the program."""
+
+    command: Annotated[str, AfterValidator(_without_nul), AfterValidator(_program)] | None = None
+    """The program that serves the model, found on PATH or by its path; no shell is involved. Without it someone else
+    runs the server and the gateway only forwards."""
+    args: Annotated[tuple[_Argument, ...], Field(strict=False)] = ()
+    """The program's arguments, one string each. Nothing in them is expanded."""
+    startup_timeout: _PositiveSeconds = 900.0
+    """Seconds from the start of the program until its server must be ready."""
+    stop_timeout: _Seconds = 30.0
+    """Seconds between SIGTERM and SIGKILL."""
+    restart_policy: Annotated[RestartPolicy, Field(strict=False)] = RestartPolicy.ON_FAILURE
+    """What to do when the program ends and nobody asked for it: "no": nothing; "on-failure": start it again, whatever
+    its exit code, at most max_restarts times in a row; "always": the same without giving up."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts in a row; the failure after the last one makes the model failed. A minute of being ready resets it."""
+    restart_delay: Annotated[float, Field(ge=0, le=60)] = 1.0
+    """Seconds before the first restart; doubled each time, at most 60."""
+    verify_listener: bool = True
+    """Whether the server's listener must belong to the program's own processes. False for a launcher whose server is
+    not its child (docker run)."""
+    queue_timeout: _Seconds = 600.0
+    """The longest, in seconds, that a request waits for the model to load."""
+    connect_timeout: _PositiveSeconds = 5.0
+    """Seconds to connect to the server."""
+    first_byte_timeout: _PositiveSeconds | None = None
+    """Seconds from the request to the first byte of the answer; none: no limit, since generation is slow."""
+    stream_idle_timeout: _PositiveSeconds | None = None
+    """Seconds of silence inside an answer; none: no limit."""
+    extra_paths: Annotated[tuple[Annotated[str, AfterValidator(_extra_path)], ...], Field(strict=False)] = ()
+    """More paths of the server to open to clients: absolute at its root, exact, or a prefix that ends in *."""
+
+
+class EndpointsEntry(_Frozen):
+    """Where the server listens."""
+
+    base_url: Annotated[str, Field(min_length=1)] | None = None
+    """http or https address of the server, with or without /v1; by default derived from --port in args. Required
+    without command."""
+
+
+class ModelEntry(ModelOptions):
+    """One entry of llmModels, as written."""
+
+    env: Annotated[dict[_Argument, _Argument], Field(strict=False)] = {}
+    """Variables added to the gateway's own environment (less FLUIDMCP_*). ${NAME} expands from the gateway's
+    environment, $${ is a literal ${."""
+    endpoints: EndpointsEntry = EndpointsEntry()
+    """Where the server listens."""
+    readiness_path: _ServerPath | None = None
+    """Path on the server's root that answers 200 when it is ready; by default /health, without command /v1/models."""
+    api_key: Annotated[str, Field(min_length=1)] | None = None
+    """Key that the gateway sends to the server; may be ${NAME}."""
+
+
+class ModelConfig(ModelOptions):
+    """One model, checked and with its variables expanded.
+
+    ``secrets`` are the strings that must not appear in anything shown: the server's output is redacted by it.
+    """
+
+    id: str
+    """The first path segment of the model's URLs."""
+    env: InstanceOf[Environment] = Field(default_factory=Environment, exclude=True)
+    """Variables for the program, expanded."""
+    endpoint: Endpoint | None = None
+    """Where the server listens."""
+    readiness_path: str = "/health"
+    """Path polled on the server's root."""
+    liveness: bool = False
+    """Whether a server without progress is restarted."""
+    stall_timeout: float = 300.0
+    """Seconds without progress that count as a stall."""
+    api_key: SecretStr | None = None
+    """Key that the gateway sends to the server."""
+    served_names: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Names under which the server serves the model, as far as its arguments say."""
+    secrets: frozenset[str] = Field(default=frozenset(), repr=False, exclude=True)
+    """Strings to redact."""
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """As pydantic's, with the secrets in the arguments masked."""
+        for name, value in super().__repr_args__():
+            yield name, tuple(redact(item, self.secrets) for item in value) if name == "args" else value
+
+    def __str__(self) -> str:
+        return repr(self)
+
+
+class GatewayConfig(_Frozen):
+    """A whole configuration: the models by id in the order of the file, and the gateway's settings."""
+
+    models: Annotated[
+        Mapping[str, InstanceOf[ModelConfig]], AfterValidator(lambda models: MappingProxyType(dict(models)))
+    ]
+    """The models by id."""
+    settings: InstanceOf[Settings]
+    """The gateway's own settings."""
+    source: Path | None = None
+    """The file, absolute; None for a configuration made in code."""
+    warnings: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """What deserves attention, one line each, without any value that may be secret."""
+
+    @property
+    def identity(self) -> str:
+        """What makes two gateways rivals: the file's real path, or a hash of the models made in code.
+
+        The hash leaves the environment and the keys out, so it tells nothing about them.
+        """
+        if self.source is not None:
+            return os.path.realpath(self.source)
+        facts = [
+            (model.id, model.command, model.args, model.endpoint and model.endpoint.base_url)
+            for model in self.models.values()
+        ]
+        return "models:" + hashlib.sha256(json.dumps(facts).encode("utf-8", "replace")).hexdigest()
+
+
+def redact(text: str, secrets: frozenset[str]) -> str:
+    """``text`` with every secret in it replaced."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text

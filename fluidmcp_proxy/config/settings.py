@@ -1,0 +1,224 @@
+"""The gateway's own settings, and the environment they and the models' programs come from.
+
+The only module that reads the environment. It reads it when asked, never on import.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from fluidmcp_proxy.errors import ConfigError
+
+from .faults import from_validation, nearest, shown
+
+if TYPE_CHECKING:
+    from .models import ModelConfig
+
+PREFIX = "FLUIDMCP_"
+INTERNAL_PREFIX = "FLUIDMCP_INTERNAL_"
+"""Variables that the gateway sets for its own processes: no settings."""
+KEEP_ALIVE = 3600
+"""Seconds that a vLLM started here keeps an idle connection (its own default, 5, races with the client's pool)."""
+
+# A Kubernetes service called "fluidmcp" puts FLUIDMCP_PORT=tcp://10.0.0.1:8099 and more into every pod.
+_SERVICE_LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
+
+LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
+
+
+class GatewaySection(BaseModel):
+    """The gateway's own settings; the environment's FLUIDMCP_* variables and the command line's options win."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address that the gateway binds."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8099
+    """Port that the gateway binds; 0: any free one."""
+    max_body_bytes: Annotated[int, Field(ge=1)] = 64 * 1024 * 1024
+    """The largest request body in bytes."""
+    drain_timeout: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that running requests get to finish when the gateway ends."""
+    log_level: LogLevel = "info"
+    """How much is logged."""
+    log_dir: Annotated[Path, Field(strict=False)] | None = None
+    """Folder of the models' output files; by default $XDG_STATE_HOME/fluidmcp, else ~/.local/state/fluidmcp. A
+    relative one starts at the configuration file's folder."""
+    runtime_dir: Annotated[Path, Field(strict=False)] | None = None
+    """Folder of locks and sockets; by default $XDG_RUNTIME_DIR/fluidmcp, else a folder of the user in the temporary
+    directory. A relative one starts at the configuration file's folder."""
+
+
+class Settings(BaseSettings, GatewaySection):
+    """The settings in force. Made by :func:`read_settings`, which puts the sources in their order."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, strict=False)
+
+    config: Path | None = None
+    """The configuration file, for ``uvicorn fluidmcp_proxy:app``."""
+    log_dir: Path
+    runtime_dir: Path
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what it is given: the process's environment is layered in by :func:`read_settings`."""
+        return (init_settings,)
+
+
+class EnvironmentSource(PydanticBaseSettingsSource):
+    """The ``FLUIDMCP_*`` variables of a mapping; an empty one counts as unset."""
+
+    def __init__(self, settings_cls: type[BaseSettings], environ: Mapping[str, str]) -> None:
+        super().__init__(settings_cls)
+        self._environ = environ
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """The variable's text, the field's name, and that it is not a nested value."""
+        value = self._environ.get(variable(field_name)) or None
+        if value is not None and _SERVICE_LINK_VALUE.match(value):
+            value = None
+        if value is not None and field_name == "log_level":
+            value = value.lower()
+        return value, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """The values that are set."""
+        fields = self.settings_cls.model_fields.items()
+        values = {name: self.get_field_value(field, name)[0] for name, field in fields}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def environment() -> dict[str, str]:
+    """A copy of the process's environment."""
+    return dict(os.environ)
+
+
+def read_settings(
+    section: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+) -> Settings:
+    """The settings: ``overrides`` > environment > the file's ``gateway`` section > defaults.
+
+    An override that is None is not given. Relative folders in the section start at ``folder``. Raises ``ConfigError``:
+    ``invalid_value``, ``unknown_key``; ``source`` names the variable where the fault is in one.
+    """
+    environ = environment() if environ is None else environ
+    _refuse_unknown_variables(environ)
+    written = _section_values(section or {}, folder)
+    variables = EnvironmentSource(Settings, environ)()
+    explicit = {name: value for name, value in (overrides or {}).items() if value is not None}
+    unknown = set(explicit) - set(Settings.model_fields)
+    if unknown:
+        raise TypeError(f"no setting is called {', '.join(sorted(unknown))}")
+    _check_types(explicit)
+    values = {**_default_folders(environ), **written, **variables, **explicit}
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        fault = from_validation(error, known={})
+        source = variable(name) if name in variables and name not in explicit else ""
+        path = "" if source else fault.path
+        raise ConfigError(fault.code, fault.problem, remedy=fault.remedy, path=path, source=source) from None
+    return settings.model_copy(
+        update={
+            name: Path(os.path.abspath(getattr(settings, name).expanduser())) for name in ("log_dir", "runtime_dir")
+        }
+    )
+
+
+def configured_path(environ: Mapping[str, str] | None = None) -> str:
+    """The file that ``FLUIDMCP_CONFIG`` names. Raises ``ConfigError("config_not_found")`` if there is none."""
+    environ = environment() if environ is None else environ
+    path = environ.get(variable("config"))
+    if not path:
+        raise ConfigError(
+            "config_not_found",
+            "the variable is not set",
+            remedy="set it to the path of a configuration file",
+            source=variable("config"),
+        )
+    return path
+
+
+def child_environment(model: ModelConfig, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a model's program: the gateway's less ``FLUIDMCP_*``, a few defaults, and the model's own.
+
+    ``SPT_NOENV`` keeps setproctitle from erasing the environment that finds stray processes; a long keep-alive avoids
+    the race between vLLM's 5 s and the connection pool; unbuffered output shows what a loading server does.
+    """
+    environ = environment() if environ is None else environ
+    inherited = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
+    defaults = {"PYTHONUNBUFFERED": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE)}
+    return {**defaults, **inherited, "SPT_NOENV": "1", **model.env}
+
+
+def _section_values(section: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    known = {(): list(GatewaySection.model_fields)}
+    try:
+        parsed = GatewaySection.model_validate(section)
+    except ValidationError as error:
+        raise from_validation(error, "gateway", known=known) from None
+    values = {name: getattr(parsed, name) for name in parsed.model_fields_set}
+    for name in ("log_dir", "runtime_dir"):
+        if values.get(name) is None:
+            values.pop(name, None)
+        elif folder is not None:
+            values[name] = folder / values[name].expanduser()
+    return values
+
+
+def _check_types(explicit: Mapping[str, Any]) -> None:
+    try:
+        GatewaySection.model_validate({name: value for name, value in explicit.items() if name != "config"})
+    except ValidationError as error:
+        raise from_validation(error, known={}) from None
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = [variable(name) for name in Settings.model_fields]
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in known or name.startswith(INTERNAL_PREFIX):
+            continue
+        if _SERVICE_LINK_NAME.search(name) or _SERVICE_LINK_VALUE.match(environ[name]):
+            continue
+        problem = f"{shown(name)} is not a variable of the gateway"
+        raise ConfigError("unknown_key", problem, remedy=nearest(name, known), source="environment")
+
+
+def _default_folders(environ: Mapping[str, str]) -> dict[str, Path]:
+    state = environ.get("XDG_STATE_HOME", "")
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    # The XDG specification wants relative paths ignored. tempfile.gettempdir() would write a file to find out.
+    temporary = tempfile.tempdir or environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    return {
+        "log_dir": Path(state, "fluidmcp") if state.startswith("/") else Path("~/.local/state/fluidmcp"),
+        "runtime_dir": Path(runtime, "fluidmcp")
+        if runtime.startswith("/")
+        else Path(str(temporary), f"fluidmcp-{os.getuid()}"),
+    }
