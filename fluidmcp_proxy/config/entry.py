@@ -136,7 +136,7 @@ def _endpoint(written: ModelEntry, arguments: ServerArguments, path: tuple[str, 
         raise ConfigError(error.code, error.problem, remedy=error.remedy, path=where) from None
     if launched and written.verify_listener and port is not None and endpoint.port != port:
         says = f"says port {port}" if arguments.port is not None else f"has no --port, so vLLM listens on {port}"
-        remedy = f"use one port in both places (if a launcher such as docker maps {port} to {endpoint.port}: verify_listener false)"
+        remedy = "write one port in both places (where a launcher such as docker maps it: verify_listener false)"
         raise ConfigError("port_mismatch", f"the port is {endpoint.port}, but args {says}", path=where, remedy=remedy)
     return endpoint
 

@@ -1,7 +1,7 @@
 """From a file, or a document made in code, to a ``GatewayConfig``.
 
-The first fault ends it with a ``ConfigError``: first the document as such, then the top level, ``gateway``, the models in
-their order, and at last what must hold between them.
+The first fault ends it with a ``ConfigError``: first the document as such, then the top level, ``gateway``, the models
+in their order, and at last what must hold between them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load_config(path: str | os.PathLike[str], **overrides: Any) -> GatewayConfig
     try:
         document = read_document(name)
     except ConfigError as error:
-        raise _located(error, name) from error.__cause__
+        raise located(error, name) from error.__cause__
     return parse_config(document, source=path, **overrides)
 
 
@@ -54,10 +54,11 @@ def parse_config(
     try:
         return _parse(document, file, variables, overrides)
     except ConfigError as error:
-        raise _located(error, name) from None
+        raise located(error, name) from None
 
 
-def _located(error: ConfigError, source: str) -> ConfigError:
+def located(error: ConfigError, source: str) -> ConfigError:
+    """``error`` with the file it is about, if it has no source yet."""
     if error.source or not source:
         return error
     name = shown(source, limit=400)[1:-1]

@@ -92,7 +92,7 @@ def _extra_path(path: str) -> str:
 
 
 def _remediable(problem: str, remedy: str) -> PydanticCustomError:
-    return PydanticCustomError("value_error_with_remedy", problem, {"remedy": remedy})  # type: ignore[arg-type]
+    return PydanticCustomError("value_error_with_remedy", problem, {"remedy": remedy})
 
 
 _Argument = Annotated[str, AfterValidator(_without_nul)]
@@ -109,57 +109,99 @@ class _Frozen(BaseModel):
 class ModelOptions(_Frozen):
     """The keys of a model that mean in the file what they mean in the program."""
 
-    command: Annotated[str, AfterValidator(_without_nul), AfterValidator(_program)] | None = None
-    """The program that serves the model, found on PATH or by its path; no shell is involved. Without it someone else
-    runs the server and the gateway only forwards."""
-    args: Annotated[tuple[_Argument, ...], Field(strict=False)] = ()
-    """The program's arguments, one string each. Nothing in them is expanded."""
-    startup_timeout: _PositiveSeconds = 900.0
-    """Seconds from the start of the program until its server must be ready."""
-    stop_timeout: _Seconds = 30.0
-    """Seconds between SIGTERM and SIGKILL."""
-    restart_policy: Annotated[RestartPolicy, Field(strict=False)] = RestartPolicy.ON_FAILURE
-    """What to do when the program ends and nobody asked for it: "no": nothing; "on-failure": start it again, whatever
-    its exit code, at most max_restarts times in a row; "always": the same without giving up."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Restarts in a row; the failure after the last one makes the model failed. A minute of being ready resets it."""
-    restart_delay: Annotated[float, Field(ge=0, le=60)] = 1.0
-    """Seconds before the first restart; doubled each time, at most 60."""
-    verify_listener: bool = True
-    """Whether the server's listener must belong to the program's own processes. False for a launcher whose server is
-    not its child (docker run)."""
-    queue_timeout: _Seconds = 600.0
-    """The longest, in seconds, that a request waits for the model to load."""
-    connect_timeout: _PositiveSeconds = 5.0
-    """Seconds to connect to the server."""
-    first_byte_timeout: _PositiveSeconds | None = None
-    """Seconds from the request to the first byte of the answer; none: no limit, since generation is slow."""
-    stream_idle_timeout: _PositiveSeconds | None = None
-    """Seconds of silence inside an answer; none: no limit."""
-    extra_paths: Annotated[tuple[Annotated[str, AfterValidator(_extra_path)], ...], Field(strict=False)] = ()
-    """More paths of the server to open to clients: absolute at its root, exact, or a prefix that ends in *."""
+    command: Annotated[str, AfterValidator(_without_nul), AfterValidator(_program)] | None = Field(
+        None,
+        description=(
+            "The program that serves the model, found on PATH or by its path; no shell is involved. Without "
+            "it someone else runs the server and the gateway only forwards."
+        ),
+    )
+    args: Annotated[tuple[_Argument, ...], Field(strict=False)] = Field(
+        (), description="The program's arguments, one string each. Nothing in them is expanded."
+    )
+    startup_timeout: _PositiveSeconds = Field(
+        900.0, description="Seconds from the start of the program until its server must be ready."
+    )
+    stop_timeout: _Seconds = Field(30.0, description="Seconds between SIGTERM and SIGKILL.")
+    restart_policy: Annotated[RestartPolicy, Field(strict=False)] = Field(
+        RestartPolicy.ON_FAILURE,
+        description=(
+            'What to do when the program ends and nobody asked for it: "no": nothing; "on-failure": start it'
+            ' again, whatever its exit code, at most max_restarts times in a row; "always": the same without'
+            " giving up."
+        ),
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        3,
+        description=(
+            "Restarts in a row; the failure after the last one makes the model failed. A minute of being "
+            "ready resets it."
+        ),
+    )
+    restart_delay: Annotated[float, Field(ge=0, le=60)] = Field(
+        1.0, description="Seconds before the first restart; doubled each time, at most 60."
+    )
+    verify_listener: bool = Field(
+        True,
+        description=(
+            "Whether the server's listener must belong to the program's own processes. False for a launcher "
+            "whose server is not its child (docker run)."
+        ),
+    )
+    queue_timeout: _Seconds = Field(
+        600.0, description="The longest, in seconds, that a request waits for the model to load."
+    )
+    connect_timeout: _PositiveSeconds = Field(5.0, description="Seconds to connect to the server.")
+    first_byte_timeout: _PositiveSeconds | None = Field(
+        None,
+        description=(
+            "Seconds from the request to the first byte of the answer; none: no limit, since generation is slow."
+        ),
+    )
+    stream_idle_timeout: _PositiveSeconds | None = Field(
+        None, description="Seconds of silence inside an answer; none: no limit."
+    )
+    extra_paths: Annotated[tuple[Annotated[str, AfterValidator(_extra_path)], ...], Field(strict=False)] = Field(
+        (),
+        description=(
+            "More paths of the server to open to clients: absolute at its root, exact, or a prefix that ends in *."
+        ),
+    )
 
 
 class EndpointsEntry(_Frozen):
     """Where the server listens."""
 
-    base_url: Annotated[str, Field(min_length=1)] | None = None
-    """http or https address of the server, with or without /v1; by default derived from --port in args. Required
-    without command."""
+    base_url: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description=(
+            "http or https address of the server, with or without /v1; by default derived from --port in "
+            "args. Required without command."
+        ),
+    )
 
 
 class ModelEntry(ModelOptions):
     """One entry of llmModels, as written."""
 
-    env: Annotated[dict[_Argument, _Argument], Field(strict=False)] = {}
-    """Variables added to the gateway's own environment (less FLUIDMCP_*). ${NAME} expands from the gateway's
-    environment, $${ is a literal ${."""
-    endpoints: EndpointsEntry = EndpointsEntry()
-    """Where the server listens."""
-    readiness_path: _ServerPath | None = None
-    """Path on the server's root that answers 200 when it is ready; by default /health, without command /v1/models."""
-    api_key: Annotated[str, Field(min_length=1)] | None = None
-    """Key that the gateway sends to the server; may be ${NAME}."""
+    env: Annotated[dict[_Argument, _Argument], Field(strict=False)] = Field(
+        {},
+        description=(
+            "Variables added to the gateway's own environment (less FLUIDMCP_*). ${NAME} expands from the "
+            "gateway's environment, $${ is a literal ${."
+        ),
+    )
+    endpoints: EndpointsEntry = Field(EndpointsEntry(), description="Where the server listens.")
+    readiness_path: _ServerPath | None = Field(
+        None,
+        description=(
+            "Path on the server's root that answers 200 when it is ready; by default /health, without "
+            "command /v1/models."
+        ),
+    )
+    api_key: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Key that the gateway sends to the server; may be ${NAME}."
+    )
 
 
 class ModelConfig(ModelOptions):
@@ -168,24 +210,19 @@ class ModelConfig(ModelOptions):
     ``secrets`` are the strings that must not appear in anything shown: the server's output is redacted by it.
     """
 
-    id: str
-    """The first path segment of the model's URLs."""
-    env: InstanceOf[Environment] = Field(default_factory=Environment, exclude=True)
-    """Variables for the program, expanded."""
-    endpoint: Endpoint | None = None
-    """Where the server listens."""
-    readiness_path: str = "/health"
-    """Path polled on the server's root."""
-    liveness: bool = False
-    """Whether a server without progress is restarted."""
-    stall_timeout: float = 300.0
-    """Seconds without progress that count as a stall."""
-    api_key: SecretStr | None = None
-    """Key that the gateway sends to the server."""
-    served_names: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Names under which the server serves the model, as far as its arguments say."""
-    secrets: frozenset[str] = Field(default=frozenset(), repr=False, exclude=True)
-    """Strings to redact."""
+    id: str = Field(description="The first path segment of the model's URLs.")
+    env: InstanceOf[Environment] = Field(
+        default_factory=Environment, exclude=True, description="Variables for the program, expanded."
+    )
+    endpoint: Endpoint | None = Field(None, description="Where the server listens.")
+    readiness_path: str = Field("/health", description="Path polled on the server's root.")
+    liveness: bool = Field(False, description="Whether a server without progress is restarted.")
+    stall_timeout: float = Field(300.0, description="Seconds without progress that count as a stall.")
+    api_key: SecretStr | None = Field(None, description="Key that the gateway sends to the server.")
+    served_names: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Names under which the server serves the model, as far as its arguments say."
+    )
+    secrets: frozenset[str] = Field(default=frozenset(), repr=False, exclude=True, description="Strings to redact.")
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """As pydantic's, with the secrets in the arguments masked."""
@@ -201,14 +238,12 @@ class GatewayConfig(_Frozen):
 
     models: Annotated[
         Mapping[str, InstanceOf[ModelConfig]], AfterValidator(lambda models: MappingProxyType(dict(models)))
-    ]
-    """The models by id."""
-    settings: InstanceOf[Settings]
-    """The gateway's own settings."""
-    source: Path | None = None
-    """The file, absolute; None for a configuration made in code."""
-    warnings: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """What deserves attention, one line each, without any value that may be secret."""
+    ] = Field(description="The models by id.")
+    settings: InstanceOf[Settings] = Field(description="The gateway's own settings.")
+    source: Path | None = Field(None, description="The file, absolute; None for a configuration made in code.")
+    warnings: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="What deserves attention, one line each, without any value that may be secret."
+    )
 
     @property
     def identity(self) -> str:

@@ -41,22 +41,31 @@ class GatewaySection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address that the gateway binds."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 8099
-    """Port that the gateway binds; 0: any free one."""
-    max_body_bytes: Annotated[int, Field(ge=1)] = 64 * 1024 * 1024
-    """The largest request body in bytes."""
-    drain_timeout: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds that running requests get to finish when the gateway ends."""
-    log_level: LogLevel = "info"
-    """How much is logged."""
-    log_dir: Annotated[Path, Field(strict=False)] | None = None
-    """Folder of the models' output files; by default $XDG_STATE_HOME/fluidmcp, else ~/.local/state/fluidmcp. A
-    relative one starts at the configuration file's folder."""
-    runtime_dir: Annotated[Path, Field(strict=False)] | None = None
-    """Folder of locks and sockets; by default $XDG_RUNTIME_DIR/fluidmcp, else a folder of the user in the temporary
-    directory. A relative one starts at the configuration file's folder."""
+    host: Annotated[str, Field(min_length=1)] = Field("127.0.0.1", description="Address that the gateway binds.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        8099, description="Port that the gateway binds; 0: any free one."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1)] = Field(
+        64 * 1024 * 1024, description="The largest request body in bytes."
+    )
+    drain_timeout: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="Seconds that running requests get to finish when the gateway ends."
+    )
+    log_level: LogLevel = Field("info", description="How much is logged.")
+    log_dir: Annotated[Path, Field(strict=False)] | None = Field(
+        None,
+        description=(
+            "Folder of the models' output files; by default $XDG_STATE_HOME/fluidmcp, else "
+            "~/.local/state/fluidmcp. A relative one starts at the configuration file's folder."
+        ),
+    )
+    runtime_dir: Annotated[Path, Field(strict=False)] | None = Field(
+        None,
+        description=(
+            "Folder of locks and sockets; by default $XDG_RUNTIME_DIR/fluidmcp, else a folder of the user in"
+            " the temporary directory. A relative one starts at the configuration file's folder."
+        ),
+    )
 
 
 class Settings(BaseSettings, GatewaySection):
@@ -64,8 +73,7 @@ class Settings(BaseSettings, GatewaySection):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, strict=False)
 
-    config: Path | None = None
-    """The configuration file, for ``uvicorn fluidmcp_proxy:app``."""
+    config: Path | None = Field(None, description="The configuration file, for ``uvicorn fluidmcp_proxy:app``.")
     log_dir: Path
     runtime_dir: Path
 
@@ -179,7 +187,7 @@ def child_environment(model: ModelConfig, environ: Mapping[str, str] | None = No
 
 
 def _section_values(section: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
-    known = {(): list(GatewaySection.model_fields)}
+    known: dict[tuple[str, ...], list[str]] = {(): list(GatewaySection.model_fields)}
     try:
         parsed = GatewaySection.model_validate(section)
     except ValidationError as error:

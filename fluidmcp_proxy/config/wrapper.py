@@ -29,7 +29,7 @@ _ARGUMENTS = {
     "VLLM_MAX_NUM_SEQS": "--max-num-seqs",
     "VLLM_SEED": "--seed",
 }
-_MODEL_PLACEHOLDER = "MODEL"
+MODEL_PLACEHOLDER = "MODEL"
 
 
 def is_wrapper(entry: object) -> bool:
@@ -54,14 +54,14 @@ def replacement(entry: Mapping[str, Any], port: int) -> dict[str, Any]:
     """The ``llmModels`` entry that serves what the wrapper did, on ``port``."""
     written = entry.get("env")
     env = dict(written) if isinstance(written, Mapping) else {}
-    model = _text(env.pop(MODEL_VARIABLE, None)) or _model_argument(entry) or _MODEL_PLACEHOLDER
+    model = _text(env.pop(MODEL_VARIABLE, None)) or _model_argument(entry) or MODEL_PLACEHOLDER
     args = ["serve", model, "--port", str(port)]
     for variable, option in _ARGUMENTS.items():
         value = _text(env.get(variable))
         if value and "${" not in value:
             args += [option, value]
             del env[variable]
-    texts = {name: value if (value := _text(raw)) is not None else "" for name, raw in env.items()}
+    texts = {str(name): raw if isinstance(raw, str) else json.dumps(raw, default=str) for name, raw in env.items()}
     return {"command": "vllm", "args": args, "env": texts, "endpoints": {"base_url": f"http://localhost:{port}/v1"}}
 
 

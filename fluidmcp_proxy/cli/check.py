@@ -1,0 +1,75 @@
+"""``fluidmcp check``: is this configuration good, and what would it do?
+
+It starts nothing and opens no connection.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+
+import click
+
+from fluidmcp_proxy.config import GatewayConfig, ModelConfig, child_environment, configured_path, load_config
+from fluidmcp_proxy.config.models import redact
+from fluidmcp_proxy.errors import ConfigError
+
+from .faults import BadConfiguration
+
+_WIDTH = 100
+
+
+@click.command()
+@click.argument("config", required=False, type=click.Path())
+def check(config: str | None) -> None:
+    """Check CONFIG (by default the file in FLUIDMCP_CONFIG) and show what it would run.
+
+    Exit code 0: it can be used, perhaps with warnings. 2: it cannot; one line says why.
+    """
+    try:
+        checked = load_config(config or configured_path())
+    except ConfigError as error:
+        raise BadConfiguration(error) from None
+    for line in report(checked):
+        click.echo(line)
+
+
+def report(config: GatewayConfig) -> Iterator[str]:
+    """The lines that ``check`` prints: the gateway, each model, the warnings."""
+    host, port = config.settings.host, config.settings.port
+    gateway = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    count = len(config.models)
+    yield f"{config.source or 'configuration'}: ok, {count} model{'' if count == 1 else 's'}"
+    for model in config.models.values():
+        yield f"{model.id}: {gateway}/{model.id}/v1 -> {upstream(model)}"
+        yield f"  {purpose(model)}"
+    for warning in (*config.warnings, *shortcomings(config)):
+        yield f"warning: {warning}"
+
+
+def upstream(model: ModelConfig) -> str:
+    """The address at which the gateway reaches the model's server."""
+    end = model.endpoint
+    if end is None:
+        return "no address"
+    host = f"[{end.host}]" if ":" in end.host else end.host
+    return f"{end.scheme}://{host}:{end.port}{end.root}/v1"
+
+
+def purpose(model: ModelConfig) -> str:
+    """What the gateway does for the model, secrets masked."""
+    if model.command is None:
+        return "forwards only: someone else runs the server"
+    line = "starts " + shlex.join(redact(word, model.secrets) for word in (model.command, *model.args))
+    return line if len(line) <= _WIDTH else line[:_WIDTH] + "..."
+
+
+def shortcomings(config: GatewayConfig) -> Iterator[str]:
+    """What would fail at the start on this machine, as far as it is cheap to see."""
+    for model in config.models.values():
+        if model.command is None:
+            continue
+        if shutil.which(model.command, path=child_environment(model).get("PATH", "/usr/bin:/bin")) is None:
+            place = "there is no such program" if "/" in model.command else "not on PATH"
+            yield f"llmModels.{model.id}.command: {place}; the model would fail until it is installed"
