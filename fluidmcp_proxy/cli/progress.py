@@ -1,0 +1,55 @@
+"""What the models are doing, line by line, while ``fluidmcp run`` starts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import anyio
+import click
+
+from fluidmcp_proxy.errors import LifespanNotRunning
+from fluidmcp_proxy.gateway.app import Gateway
+from fluidmcp_proxy.models.state import ModelState, ModelStatus
+
+__all__ = ["report_progress"]
+
+_PERIOD = 0.5
+_WIDTH = 110
+
+
+async def report_progress(gateway: Gateway, address: tuple[str, int]) -> None:
+    """Print where the gateway is, then each change of a loading model, until cancelled."""
+    host, port = address
+    shown = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared, not bound
+    url = f"http://{shown}:{port}"
+    seen: dict[str, str] = {}
+    greeted = False
+    while True:
+        try:
+            statuses = [gateway.status(name) for name in gateway.config.models]
+        except LifespanNotRunning:
+            statuses = []
+        if statuses and not greeted:
+            greeted = True
+            click.echo(f"FluidMCP gateway on {url} (Ctrl-C ends it and its models)")
+        for line in changes(statuses, seen, url):
+            click.echo(line)
+        await anyio.sleep(_PERIOD)
+
+
+def changes(statuses: list[ModelStatus], seen: dict[str, str], url: str) -> Iterator[str]:
+    """The lines for what is not in ``seen`` yet, which is brought up to date."""
+    for status in statuses:
+        line = _line(status, url)
+        if line is not None and seen.get(status.id) != line:
+            seen[status.id] = line
+            yield line
+
+
+def _line(status: ModelStatus, url: str) -> str | None:
+    if status.state is ModelState.READY:
+        return f"  {status.id}: ready at {url}/{status.id}/v1"
+    if status.state is ModelState.STARTING:
+        doing = f": {status.progress}" if status.progress else ""
+        return f"  {status.id}: loading{doing}"[:_WIDTH]
+    return None  # stops and failures are in the log

@@ -1,0 +1,123 @@
+"""``fluidmcp run``: the gateway under uvicorn, with the models' progress on the terminal."""
+
+from __future__ import annotations
+
+import math
+import signal
+import socket
+import sys
+
+import anyio
+import click
+import uvicorn
+
+from fluidmcp_proxy.cli.faults import BadConfiguration
+from fluidmcp_proxy.cli.logs import configure_logging
+from fluidmcp_proxy.cli.progress import report_progress
+from fluidmcp_proxy.config.load import load_config
+from fluidmcp_proxy.config.models import GatewayConfig
+from fluidmcp_proxy.config.settings import LogLevel, Settings
+from fluidmcp_proxy.errors import ConfigError
+from fluidmcp_proxy.gateway.app import Gateway
+
+__all__ = ["COULD_NOT_START", "run"]
+
+COULD_NOT_START = 3
+"""Exit code: the configuration is good, but the port is taken, or another gateway runs it."""
+
+_LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+# Longer than the clients' pools keep an idle connection, so that they close it and not we (the keep-alive race).
+_KEEP_ALIVE = 75
+# What the gateway needs after the drain to end the streams that it cuts.
+_CUT_GRACE = 10
+
+
+@click.command()
+@click.argument("config", type=click.Path())
+@click.option("--file", is_flag=True, help="Accepted for FluidMCP's sake: CONFIG is always a file.")
+@click.option("--start-server", is_flag=True, help="Accepted for FluidMCP's sake: the server is always started.")
+@click.option("--host", help="Address to bind. [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to bind, 0 for any free one. [default: 8099]")
+@click.option("--log-level", type=click.Choice(_LOG_LEVELS, case_sensitive=False), help="[default: info]")
+def run(
+    config: str, file: bool, start_server: bool, host: str | None, port: int | None, log_level: LogLevel | None
+) -> None:
+    """Start the models of CONFIG and serve their API until Ctrl-C or SIGTERM.
+
+    Every model is at http://HOST:PORT/MODEL/v1 from the first second; requests wait while it loads.
+
+    Exit code 2: the configuration cannot be used; 3: the port is taken, or another gateway runs this configuration.
+    """
+    try:
+        loaded = load_config(config, host=host, port=port, log_level=log_level)
+    except ConfigError as error:
+        raise BadConfiguration(error) from None
+    configure_logging(loaded.settings.log_level)
+    sys.exit(serve(loaded))
+
+
+def serve(config: GatewayConfig) -> int:
+    """Run the gateway until a signal ends it, and return the exit code.
+
+    A signal that ended it is raised again at the end, so that a shell shows 143 or 130.
+    """
+    listening = bind(config.settings)
+    with listening:
+        server = _Server(Gateway(config), config.settings, listening)
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:
+            # uvicorn gives SIGINT back when all is done, and Python makes this of it.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+    return 0 if server.started else COULD_NOT_START
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket, before any model is started for nothing."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        click.echo(
+            f"Error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port",
+            err=True,
+        )
+        sys.exit(COULD_NOT_START)
+    listening.set_inheritable(False)
+    return listening
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling the gateway when it begins to end, and reporting what the models do."""
+
+    def __init__(self, gateway: Gateway, settings: Settings, listening: socket.socket) -> None:
+        self._gateway = gateway
+        self._listening = listening
+        super().__init__(
+            uvicorn.Config(
+                gateway,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_KEEP_ALIVE,
+                timeout_graceful_shutdown=math.ceil(settings.drain_timeout) + _CUT_GRACE,
+            )
+        )
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(report_progress, self._gateway, self._listening.getsockname()[:2])
+            await super().serve(sockets)
+            tasks.cancel_scope.cancel()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop taking requests in the gateway and here together; uvicorn would tell it after the last one only."""
+        self._gateway.begin_shutdown()
+        await super().shutdown(sockets)

@@ -1,0 +1,232 @@
+"""The gateway as an ASGI app: puts the rooms together, and turns every exception into an answer, here only."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from fluidmcp_proxy.config.models import GatewayConfig
+from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning
+from fluidmcp_proxy.gateway import pages
+from fluidmcp_proxy.gateway.access import check_host, check_size
+from fluidmcp_proxy.gateway.answers import respond, respond_with_error
+from fluidmcp_proxy.gateway.body import RequestBody
+from fluidmcp_proxy.gateway.lifespan import serve_lifespan
+from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
+from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Router
+from fluidmcp_proxy.gateway.target import read_target
+from fluidmcp_proxy.models.fleet import Fleet, address_of, open_fleet
+from fluidmcp_proxy.models.state import ModelStatus
+from fluidmcp_proxy.upstream.client import Body, Headers, Response, open_client
+from fluidmcp_proxy.upstream.headers import pick_request_id, request_headers
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["Gateway"]
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+access_log = logging.getLogger("fluidmcp_proxy.access")
+logger = logging.getLogger("fluidmcp_proxy.gateway")
+
+_WAIT = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE).search
+
+
+class Gateway:
+    """An ASGI app that runs the models of ``config`` inside its lifespan and forwards requests to them.
+
+    Mounted in another app, whose server runs no lifespan for it, ``run()`` or ``lifespan`` has to be part of the host's
+    own lifespan. One gateway runs once at a time, but may run again after it has ended.
+    """
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self._router = Router(config.models)
+        self._hosts = {name: address_of(model).authority for name, model in config.models.items()}
+        self._authorizations = {
+            name: b"Bearer " + model.api_key.get_secret_value().encode() if model.api_key else None
+            for name, model in config.models.items()
+        }
+        self._fleet: Fleet | None = None
+        self._clients: dict[str, httpx.AsyncClient] = {}
+
+    def __repr__(self) -> str:
+        return f"<Gateway {', '.join(self.config.models)} {'running' if self._fleet else 'not running'}>"
+
+    # Life
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[Gateway]:
+        """Start the models and yield at once; leaving drains and stops them all.
+
+        Raises:
+            AlreadyOwned: another gateway runs this configuration.
+            RuntimeError: this one runs already.
+        """
+        if self._fleet is not None:
+            raise RuntimeError("this gateway is running already; compose its lifespan once")
+        for warning in self.config.warnings:
+            logger.warning("%s", warning)
+        try:
+            async with open_fleet(self.config) as self._fleet:
+                yield self
+        finally:
+            self._fleet = None
+
+    def lifespan(self, app: object) -> AbstractAsyncContextManager[None]:
+        """``run()`` with the signature of Starlette's and FastAPI's ``lifespan`` parameter."""
+        return _without_value(self.run())
+
+    def begin_shutdown(self) -> None:
+        """Refuse new requests and begin to drain, before the server has called the end of the lifespan."""
+        if self._fleet is not None:
+            self._fleet.close()
+
+    def status(self, model: str) -> ModelStatus:
+        """A snapshot of one model. Raises ``KeyError`` for an unknown one, ``LifespanNotRunning``."""
+        return self._running().scheduler.statuses()[model]
+
+    def client(self, model: str) -> httpx.AsyncClient:
+        """An ``httpx.AsyncClient`` to one model for the host's own code, over the gateway's connections.
+
+        Its base URL is the server's ``/v1``; a request waits for a loading model. Close it or not: the connections
+        are the gateway's. Raises ``KeyError`` for an unknown model.
+        """
+        client = self._clients.get(model)
+        if client is None or client.is_closed:
+            address = address_of(self.config.models[model])
+            client = self._clients[model] = open_client(_LeasedTransport(self, model), address)
+        return client
+
+    # Requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            await self._answer(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await serve_lifespan(self.run(), receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+
+    def claims(self, scope: Scope) -> bool:
+        """Whether the path of ``scope`` begins with the id of a model."""
+        try:
+            return self._router.knows(read_target(scope))
+        except GatewayError:
+            return False
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        request_id = pick_request_id(headers)
+        anthropic = False
+        try:
+            target = read_target(scope)
+            check_size(headers)
+            check_host(headers, scope)
+            route = self._router.route(scope["method"], target)
+            if isinstance(route, Forward):
+                anthropic = route.anthropic
+                await self._forward(route, scope, receive, send, request_id, began)
+                return
+            status, body = self._page(route)
+            await respond(send, status, body, request_id, with_body=scope["method"] != "HEAD")
+        except GatewayError as error:
+            await respond_with_error(scope, send, error, request_id=request_id, anthropic=anthropic)
+            _log(scope, request_id, "-", error.status, 0, began, error.code)
+
+    async def _forward(
+        self, route: Forward, scope: Scope, receive: Receive, send: Send, request_id: bytes, began: float
+    ) -> None:
+        lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(scope["headers"]))
+        body = RequestBody(receive, scope["headers"], self.config.settings.max_body_bytes)
+        relay = Relay(self._outgoing(route, scope, request_id), body, lease, send)
+        try:
+            await relay.run()
+        except AnswerTruncated:
+            _log(scope, request_id, route.model, relay.status, relay.sent, began, relay.outcome)
+            raise
+        _log(scope, request_id, route.model, relay.status, relay.sent, began, relay.outcome)
+
+    def _outgoing(self, route: Forward, scope: Scope, request_id: bytes) -> Outgoing:
+        client = scope.get("client")
+        headers = request_headers(
+            scope["headers"],
+            host=self._hosts[route.model],
+            client=client[0] if client else None,
+            scheme=scope.get("scheme", "http"),
+            request_id=request_id,
+            authorization=self._authorizations[route.model],
+            http_version=scope.get("http_version", "1.1"),
+        )
+        return Outgoing(scope["method"].encode("ascii"), route.target, headers, request_id, route.anthropic)
+
+    def _page(self, route: Page | ModelPage) -> pages.Answer:
+        if route is Page.HEALTH:
+            return pages.health()
+        fleet = self._running()
+        if route is Page.READY:
+            return pages.ready(fleet.scheduler.statuses(), closing=fleet.closing)
+        if isinstance(route, ModelPage):
+            return pages.model(fleet.scheduler, route.model)
+        return pages.models(fleet.scheduler)
+
+    def _running(self) -> Fleet:
+        if self._fleet is None:
+            raise LifespanNotRunning(
+                "The gateway's lifespan is not running: the host app has to enter gateway.run() in its own lifespan."
+            )
+        return self._fleet
+
+
+class _LeasedTransport:
+    """A model's transport for ``Gateway.client``: each exchange holds a lease, as a request through the gateway
+    does."""
+
+    def __init__(self, gateway: Gateway, model: str) -> None:
+        self._gateway = gateway
+        self._model = model
+
+    @asynccontextmanager
+    async def exchange(
+        self, method: bytes, target: bytes, headers: Headers, body: Body = None
+    ) -> AsyncIterator[Response]:
+        lease = self._gateway._running().scheduler.lease(self._model)
+        async with lease as transport, transport.exchange(method, target, headers, body) as response:
+            yield response
+
+    async def aclose(self) -> None:
+        """Leave the connections to the gateway."""
+
+
+@asynccontextmanager
+async def _without_value(context: AbstractAsyncContextManager[object]) -> AsyncIterator[None]:
+    """Starlette takes what a lifespan yields for its state."""
+    async with context:
+        yield
+
+
+def _preferred_wait(headers: Headers) -> float | None:
+    """Seconds of ``Prefer: wait=N`` (RFC 7240 §4.3)."""
+    for name, value in headers:
+        if name == b"prefer" and (match := _WAIT(value)):
+            return float(match[1])
+    return None
+
+
+def _log(scope: Scope, request_id: bytes, model: str, status: int, sent: int, began: float, outcome: str) -> None:
+    """One line a request: neither query nor header, since both may hold keys."""
+    if access_log.isEnabledFor(logging.INFO):
+        access_log.info(
+            "%s %s model=%s status=%s bytes=%d seconds=%.3f outcome=%s",
+            request_id.decode(), scope["method"], model, status or "-", sent, time.perf_counter() - began, outcome,
+        )  # fmt: skip

@@ -1,0 +1,117 @@
+"""A request's body and the news that its client has left: the one reader of ``receive()``.
+
+A small body is collected, a larger one is handed on as it comes; either way it is counted against the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import anyio
+
+from fluidmcp_proxy.errors import InvalidTarget, RequestTooLarge
+
+__all__ = ["COLLECTED_BYTES", "ClientDisconnected", "RequestBody"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+
+COLLECTED_BYTES = 64 * 1024
+"""Bodies up to this many bytes are sent in one piece."""
+
+
+class ClientDisconnected(Exception):
+    """The client has left before its request was complete."""
+
+
+class RequestBody:
+    """The body of one request, readable once.
+
+    ``declared`` is its content-length, ``chunked`` whether it has an unknown length.
+    """
+
+    __slots__ = ("_complete", "_first", "_limit", "_more", "_read", "_receive", "chunked", "declared")
+
+    def __init__(self, receive: Receive, headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._read = 0
+        self._more = True
+        self._first = b""
+        self._complete: anyio.Event | None = None
+        self.declared, self.chunked = _framing(headers)
+        if self.declared is not None and self.declared > limit:
+            raise self._too_large()
+
+    async def start(self) -> bytes | AsyncIterator[bytes] | None:
+        """What to send: None for no body, the whole of a small one, an iterator over a larger one.
+
+        Raises:
+            ClientDisconnected: it left.
+            RequestTooLarge: over the limit.
+        """
+        if self.declared is None and not self.chunked:
+            # Only now is it known that there is none: HTTP/2 needs no framing header for a body.
+            self._first = await self._next()
+            return self if self._more else self._first or None
+        pieces: list[bytes] = []
+        while self._more and self._read <= COLLECTED_BYTES:
+            pieces.append(await self._next())
+        self._first = b"".join(pieces)
+        return self if self._more else self._first
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next piece; raises as ``start`` does."""
+        if self._first:
+            first, self._first = self._first, b""
+            return first
+        while self._more:
+            if piece := await self._next():
+                return piece
+        raise StopAsyncIteration
+
+    async def client_left(self) -> None:
+        """Return once the client is gone; until the body is complete that is the body's reader to notice."""
+        if self._more:
+            self._complete = anyio.Event()
+            await self._complete.wait()
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected
+        piece: bytes = message.get("body", b"")
+        self._read += len(piece)
+        if self._read > self._limit:
+            raise self._too_large()
+        if not message.get("more_body", False):
+            self._more = False
+            if self._complete is not None:
+                self._complete.set()
+        return piece
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(f"The request body is larger than {self._limit} bytes (max_body_bytes).")
+
+
+def _framing(headers: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, bool]:
+    """Content-length and whether there is a transfer-encoding (RFC 9112 §6.3).
+
+    Raises:
+        InvalidTarget: both, or two lengths, or one that is no number: two readers would see two bodies.
+    """
+    lengths = [value for name, value in headers if name == b"content-length"]
+    encodings = [value for name, value in headers if name == b"transfer-encoding"]
+    if len(lengths) > 1 or (lengths and encodings) or (lengths and not lengths[0].isdigit()):
+        raise InvalidTarget("The request's length is ambiguous: one Content-Length or one Transfer-Encoding, not both.")
+    if encodings and [value.strip().lower() for value in encodings] != [b"chunked"]:
+        raise InvalidTarget("The only Transfer-Encoding that is understood is chunked.")
+    return (int(lengths[0]) if lengths else None), bool(encodings)

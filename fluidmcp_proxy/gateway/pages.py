@@ -1,0 +1,48 @@
+"""The gateway's own answers: health, readiness, the state of the models. Values in, JSON out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fluidmcp_proxy.models.scheduler import Scheduler
+from fluidmcp_proxy.models.state import ModelState, ModelStatus
+
+__all__ = ["health", "model", "models", "ready"]
+
+Answer = tuple[int, bytes]
+"""Status and JSON body."""
+
+
+def health() -> Answer:
+    """200 while the gateway lives, whatever its models do."""
+    return _json(200, {"status": "ok"})
+
+
+def ready(statuses: Mapping[str, ModelStatus], *, closing: bool) -> Answer:
+    """200 when every model is ready or was stopped on purpose, else 503; the state by model."""
+    states = {name: status.state for name, status in statuses.items()}
+    is_ready = not closing and all(state in (ModelState.READY, ModelState.STOPPED) for state in states.values())
+    return _json(200 if is_ready else 503, {"ready": is_ready, "models": states})
+
+
+def models(scheduler: Scheduler) -> Answer:
+    """The state of every model."""
+    statuses = scheduler.statuses()
+    return _json(200, {"models": [_described(scheduler, status) for status in statuses.values()]})
+
+
+def model(scheduler: Scheduler, name: str) -> Answer:
+    """The state of one model."""
+    return _json(200, _described(scheduler, scheduler.statuses()[name]))
+
+
+def _described(scheduler: Scheduler, status: ModelStatus) -> dict[str, Any]:
+    counts = {"in_flight": scheduler.in_flight(status.id), "queued": scheduler.waiting(status.id)}
+    return {**asdict(status), **counts}
+
+
+def _json(status: int, value: object) -> Answer:
+    return status, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,159 @@
+"""One request through the gateway: its bytes to the model's server, the answer's bytes back.
+
+Races the exchange against the client's leaving, before and after the first byte. A truncated answer is made to look
+like one: ASGI has no abort, so ``abort`` says how that is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from fluidmcp_proxy.errors import GatewayError, UpstreamUnavailable
+from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
+from fluidmcp_proxy.gateway.sse import EventSplitter, is_event_stream
+from fluidmcp_proxy.models.scheduler import Lease
+from fluidmcp_proxy.upstream.client import Response
+from fluidmcp_proxy.upstream.headers import response_headers
+
+__all__ = ["AnswerTruncated", "Outgoing", "Relay"]
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_CONNECT_TRIES = 2
+
+
+class AnswerTruncated(Exception):
+    """Raised out of the app to abort a response that cannot be completed; not a fault of this program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """The request as the model's server will see it."""
+
+    method: bytes
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    request_id: bytes
+    anthropic: bool
+
+
+class Relay:
+    """The way of one request. After ``run()`` its counters say how it went.
+
+    ``status`` is that of the answer once it has begun, ``sent`` the bytes of its body, ``outcome`` one of ``complete``,
+    ``client_left``, ``upstream_died`` and ``cut``.
+    """
+
+    __slots__ = ("_body", "_error", "_events", "_lease", "_outgoing", "_send", "outcome", "sent", "status")
+
+    def __init__(self, outgoing: Outgoing, body: RequestBody, lease: Lease, send: Send) -> None:
+        self._outgoing = outgoing
+        self._body = body
+        self._lease = lease
+        self._send = send
+        self._events: EventSplitter | None = None
+        self._error: GatewayError | None = None
+        self.status = 0
+        self.sent = 0
+        self.outcome = "client_left"
+
+    async def run(self) -> None:
+        """Answer the request, or find that nobody wants the answer any more.
+
+        Raises:
+            GatewayError: nothing was answered yet, so that it can be said by an answer.
+            AnswerTruncated: the answer broke off and has been aborted.
+        """
+        async with anyio.create_task_group() as race:
+            self._lease.interrupt = race.cancel_scope.cancel
+            race.start_soon(self._watch_client, race.cancel_scope)
+            try:
+                await self._forward()
+                self.outcome = "complete"
+            except GatewayError as error:
+                self._error = error
+                self.outcome = "upstream_died"
+            except (ClientDisconnected, OSError):
+                pass
+            race.cancel_scope.cancel()
+        if self._lease.was_cut and self.outcome != "complete":
+            self._error = self._lease.shutting_down()
+            self.outcome = "cut"
+        if self.outcome == "client_left" and self._events is not None and self._events.is_done:
+            self.outcome = "complete"  # OpenAI's client closes right after [DONE], before the last chunk
+        if self._error is not None:
+            await self._tell(self._error)
+
+    async def _watch_client(self, scope: anyio.CancelScope) -> None:
+        await self._body.client_left()
+        scope.cancel()
+
+    async def _forward(self) -> None:
+        body = await self._body.start()
+        out = self._outgoing
+        for tries_left in reversed(range(_CONNECT_TRIES)):
+            try:
+                async with (
+                    self._lease as transport,
+                    transport.exchange(out.method, out.target, out.headers, body) as answer,
+                ):
+                    await self._answer(answer)
+                return
+            except UpstreamUnavailable:
+                # Not a byte has left. Its supervisor may not know yet that the server is gone: ask again.
+                if not tries_left:
+                    raise
+                await anyio.sleep(0.05)
+
+    async def _answer(self, answer: Response) -> None:
+        send, self.status = self._send, answer.status
+        headers = response_headers(answer.headers, request_id=self._outgoing.request_id)
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        if is_event_stream(answer.headers):
+            await self._pass_events(answer)
+        else:
+            async for chunk in answer.body:
+                self.sent += len(chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pass_events(self, answer: Response) -> None:
+        send = self._send
+        events = self._events = EventSplitter()
+        async for chunk in answer.body:
+            if ready := events.feed(chunk):
+                self.sent += len(ready)
+                await send({"type": "http.response.body", "body": ready, "more_body": True})
+        if rest := events.rest():
+            self.sent += len(rest)
+            await send({"type": "http.response.body", "body": rest, "more_body": True})
+
+    async def _tell(self, error: GatewayError) -> None:
+        """Say what went wrong: by an answer where there is none yet, else inside the stream, and abort it."""
+        if not self.status:
+            raise error
+        events = self._events
+        event = b""
+        if events is not None and events.at_boundary and not events.is_done:
+            event = error.event(anthropic=self._outgoing.anthropic)
+        await abort(self._send, event, error)
+
+
+async def abort(send: Send, last_words: bytes, reason: GatewayError) -> None:
+    """End a response that has begun such that no client takes it for complete; always raises ``AnswerTruncated``.
+
+    Raising is enough under a bare ASGI server, but a middleware in between (Starlette's ``BaseHTTPMiddleware``) ends
+    the chunked body cleanly when the app raises. A body that is a ``str`` can be encoded by no layer, so sending one
+    breaks the response wherever that happens.
+    """
+    try:
+        if last_words:
+            await send({"type": "http.response.body", "body": last_words, "more_body": True})
+        await send({"type": "http.response.body", "body": "aborted", "more_body": True})
+    except Exception as exc:  # whatever the layer that choked raises
+        raise AnswerTruncated(reason.message) from exc
+    raise AnswerTruncated(reason.message) from reason

@@ -1,0 +1,160 @@
+"""From a target to what shall happen: pure, over one immutable table.
+
+It knows which paths exist, which methods they take and which routes of a model's server are closed; it does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+
+from fluidmcp_proxy.config.models import ModelConfig
+from fluidmcp_proxy.errors import McpEndpointRemoved, MethodNotAllowed, ModelNotFound, PathNotFound
+from fluidmcp_proxy.gateway.target import Target
+
+__all__ = ["Forward", "ModelPage", "Page", "Route", "Router"]
+
+_ROOT_ROUTES = frozenset({"tokenize", "detokenize", "rerank", "score", "classify", "pooling"})
+"""Routes that vLLM has beside ``/v1``; they take POST."""
+
+_CLOSED = frozenset(
+    {
+        "load_lora_adapter",
+        "unload_lora_adapter",
+        "sleep",
+        "wake_up",
+        "is_sleeping",
+        "collective_rpc",
+        "reset_prefix_cache",
+        "reset_mm_cache",
+        "reset_encoder_cache",
+        "server_info",
+        "scale_elastic_ep",
+        "is_scaling_elastic_ep",
+        "invocations",
+        "pause",
+        "resume",
+        "is_paused",
+        "update_weights",
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "finish_weight_update",
+        "get_world_size",
+        "metrics",
+        "docs",
+        "redoc",
+        "openapi.json",
+    }
+)
+"""Routes that change or reveal the server, by their first segment under ``/v1/``. From vLLM's ``entrypoints/serve``
+and its LoRA and SageMaker routers."""
+
+# TRACE echoes what proxies add (RFC 9110 §9.3.8), CONNECT asks for a tunnel.
+_REFUSED_METHODS = frozenset({"TRACE", "TRACK", "CONNECT"})
+_ANY_METHOD = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+
+
+class Page(Enum):
+    """An answer of the gateway's own."""
+
+    HEALTH = "/health"
+    READY = "/ready"
+    MODELS = "/models"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPage:
+    """The state of one model."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A request for a model's server. ``target`` is the request target there, query included.
+
+    ``anthropic`` is true for the Messages API, whose errors have another form.
+    """
+
+    model: str
+    target: bytes
+    anthropic: bool = False
+
+
+Route = Page | ModelPage | Forward
+
+
+class Router:
+    """The routes of one configuration."""
+
+    def __init__(self, models: Mapping[str, ModelConfig]) -> None:
+        self._models = MappingProxyType(dict(models))
+        self._roots = {name: _root(model) for name, model in models.items()}
+
+    def knows(self, target: Target) -> bool:
+        """Whether the first segment is a model's id, whatever follows."""
+        return target.path.split("/", 2)[1] in self._models
+
+    def route(self, method: str, target: Target) -> Route:
+        """What ``method`` on ``target`` asks for.
+
+        Raises:
+            ModelNotFound: ``/x/v1/…`` with no model x; the message lists those there are.
+            PathNotFound: anything else that does not exist, or is closed.
+            MethodNotAllowed: with ``Allow``.
+            McpEndpointRemoved: the JSON-RPC route of the deprecated wrapper.
+        """
+        first, _, rest = target.path[1:].partition("/")
+        if first in self._models:
+            return self._model_route(first, rest, method, target)
+        if first == "models" and rest in self._models:
+            return _only_get(method, ModelPage(rest))
+        for page in Page:
+            if target.path == page.value:
+                return _only_get(method, page)
+        if rest == "v1" or rest.startswith("v1/"):
+            raise ModelNotFound(f"There is no LLM model '{first[:64]}'. {self._there_are()}")
+        if first == "models" and rest:
+            raise ModelNotFound(f"There is no LLM model '{rest[:64]}'. {self._there_are()}")
+        raise PathNotFound(f"There is nothing at this path. {self._there_are()} Their API is at /MODEL/v1/…")
+
+    def _model_route(self, name: str, rest: str, method: str, target: Target) -> Forward:
+        if method in _REFUSED_METHODS:
+            raise MethodNotAllowed(f"{method} is not forwarded.", allow=_ANY_METHOD)
+        if rest == "mcp":
+            raise McpEndpointRemoved(
+                f"The JSON-RPC endpoint is gone. Send OpenAI requests instead: POST /{name}/v1/chat/completions."
+            )
+        below = target.raw.split(b"/", 2)[2] if rest else b""
+        upstream = b"/" + below + (b"?" + target.query if target.query else b"")
+        forward = Forward(name, self._roots[name] + upstream, rest == "v1/messages" or rest.startswith("v1/messages/"))
+        if _is_open("/" + rest, self._models[name].extra_paths):
+            return forward
+        if rest in _ROOT_ROUTES:
+            if method != "POST":
+                raise MethodNotAllowed(f"/{name}/{rest} takes POST.", allow="POST")
+            return forward
+        if not rest.startswith("v1/") or rest == "v1/":
+            raise PathNotFound(f"There is nothing at this path. The API of LLM model '{name}' is at /{name}/v1/…")
+        if rest.split("/", 2)[1] in _CLOSED:
+            raise PathNotFound("This route of the model's server is closed; extra_paths in its configuration opens it.")
+        return forward
+
+    def _there_are(self) -> str:
+        return f"The models are: {', '.join(self._models)}."
+
+
+def _root(model: ModelConfig) -> bytes:
+    return model.endpoint.root.encode("ascii") if model.endpoint else b""
+
+
+def _only_get(method: str, route: Page | ModelPage) -> Page | ModelPage:
+    if method not in ("GET", "HEAD"):
+        raise MethodNotAllowed(f"This path takes GET, not {method}.", allow="GET, HEAD")
+    return route
+
+
+def _is_open(path: str, extra_paths: Iterable[str]) -> bool:
+    return any(path.startswith(open_[:-1]) if open_.endswith("*") else path == open_ for open_ in extra_paths)

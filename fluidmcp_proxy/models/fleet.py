@@ -1,0 +1,109 @@
+"""All models of one gateway: takes ownership of the configuration, runs every server, ends them together.
+
+The servers live in one task group; a supervisor contains its own failures,
+so that one model never disturbs another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from types import MappingProxyType
+
+import anyio
+
+from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig
+from fluidmcp_proxy.models.launcher import ProcessLauncher
+from fluidmcp_proxy.models.remote import RemoteServer
+from fluidmcp_proxy.models.scheduler import Scheduler
+from fluidmcp_proxy.models.supervisor import Supervisor
+from fluidmcp_proxy.process.output import Output
+from fluidmcp_proxy.process.owner import own
+from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport, open_transport
+
+__all__ = ["Fleet", "address_of", "open_fleet"]
+
+
+class Fleet:
+    """The running models: ``servers`` by id, and the ``scheduler`` that gives leases on them."""
+
+    def __init__(self, servers: Mapping[str, Supervisor | RemoteServer], scheduler: Scheduler) -> None:
+        self.servers = MappingProxyType(dict(servers))
+        self.scheduler = scheduler
+        self.closing = False
+
+    def close(self) -> None:
+        """Have every model drained and stopped; requests that wait for one are refused from now on."""
+        self.closing = True
+        for server in self.servers.values():
+            server.close()
+
+
+@asynccontextmanager
+async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
+    """Start every model and yield at once, while they load; leaving ends them all, drained first.
+
+    Raises:
+        AlreadyOwned: another gateway runs this configuration.
+    """
+    async with AsyncExitStack() as stack:
+        lock = await _take_ownership(config, stack)
+        scheduler = Scheduler()
+        servers = {name: _server(model, config, scheduler, lock) for name, model in config.models.items()}
+        for server in servers.values():
+            scheduler.admit(server)
+        fleet = Fleet(servers, scheduler)
+        with _without_group():
+            async with anyio.create_task_group() as tasks:
+                for server in servers.values():
+                    tasks.start_soon(server.run)
+                    if isinstance(server, Supervisor):
+                        server.request_start()
+                try:
+                    yield fleet
+                finally:
+                    fleet.close()
+
+
+@contextmanager
+def _without_group() -> Iterator[None]:
+    """Give the host its own exception back: the supervisors raise none, so it is the only one in the group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from None
+        raise
+
+
+def address_of(model: ModelConfig) -> Address:
+    """Where the model's server is configured to listen."""
+    endpoint = model.endpoint
+    assert endpoint is not None
+    return Address(endpoint.scheme, endpoint.host, endpoint.port, endpoint.root)
+
+
+async def _take_ownership(config: GatewayConfig, stack: AsyncExitStack) -> int | None:
+    """The descriptor of the lock that guardians hold on to; None when nothing is launched, hence nothing owned."""
+    launched = [model for model in config.models.values() if model.command is not None]
+    if not launched:
+        return None
+    patience = max(model.stop_timeout for model in launched) + 2
+    return await stack.enter_async_context(own(config.identity, config.settings.runtime_dir, patience))
+
+
+def _server(
+    model: ModelConfig, config: GatewayConfig, scheduler: Scheduler, lock: int | None
+) -> Supervisor | RemoteServer:
+    connect = partial(_connect, model)
+    drain = partial(scheduler.drain, model.id, config.settings.drain_timeout)
+    if model.command is None:
+        return RemoteServer(model, address_of(model), connect(address_of(model)), drain=drain)
+    output = Output(config.settings.log_dir / f"{model.id}.log", secrets=model.secrets)
+    return Supervisor(model, ProcessLauncher(model, output, lock), connect=connect, drain=drain)
+
+
+def _connect(model: ModelConfig, address: Address) -> Transport:
+    timeouts = Timeouts(model.connect_timeout, model.first_byte_timeout, model.stream_idle_timeout)
+    return open_transport(address, timeouts)

@@ -1,0 +1,89 @@
+"""A model's server as a tree of processes on this machine: what the supervisor's ``Launcher`` is today.
+
+The one place where ``process/`` and a model's configuration meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fluidmcp_proxy.config.models import ModelConfig
+from fluidmcp_proxy.config.settings import child_environment
+from fluidmcp_proxy.models.supervisor import CannotStart
+from fluidmcp_proxy.process.group import CommandError, ProcessGroup, open_process_group
+from fluidmcp_proxy.process.listener import port_is_free
+from fluidmcp_proxy.process.output import Output
+from fluidmcp_proxy.upstream.client import Address
+
+__all__ = ["ProcessLauncher"]
+
+
+class ProcessLauncher:
+    """Starts the ``command`` of a model, each time into a new process group with ``output`` as its terminal."""
+
+    def __init__(self, model: ModelConfig, output: Output, lock_fd: int | None) -> None:
+        self._model = model
+        self._output = output
+        self._lock_fd = lock_fd
+
+    def tail(self, lines: int) -> list[str]:
+        """The last lines of output, secrets redacted."""
+        return self._output.tail(lines)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[_Process]:
+        """The running server; leaving the scope ends its whole tree.
+
+        Raises:
+            CannotStart: ``command_invalid`` for a command that cannot be run, ``port_in_use``.
+        """
+        model = self._model
+        await self._refuse_taken_port()
+        assert model.command is not None
+        try:
+            group = open_process_group(
+                [model.command, *model.args],
+                env=child_environment(model),
+                stop_timeout=model.stop_timeout,
+                output=self._output,
+                lock_fd=self._lock_fd,
+                name=model.id,
+            )
+            async with group as process:
+                yield _Process(model, process)
+        except CommandError as exc:
+            raise CannotStart("command_invalid", str(exc)) from exc
+
+    async def _refuse_taken_port(self) -> None:
+        endpoint = self._model.endpoint
+        if not await port_is_free(endpoint.host, endpoint.port):
+            raise _port_in_use(self._model)
+
+
+class _Process:
+    """The supervisor's ``Child`` over a process group."""
+
+    def __init__(self, model: ModelConfig, group: ProcessGroup) -> None:
+        self._model = model
+        self._group = group
+
+    @property
+    def pid(self) -> int | None:
+        return self._group.pid
+
+    async def wait(self) -> str:
+        return str(await self._group.wait())
+
+    async def listening(self) -> Address | None:
+        """The configured address once a process of this tree listens there; localhost becomes the one that was
+        verified."""
+
+
+def _port_in_use(model: ModelConfig) -> CannotStart:
+    endpoint = model.endpoint
+    return CannotStart(
+        "port_in_use",
+        f"port {endpoint.port} ({endpoint.host}) is taken by a process that is not this model's; "
+        "stop that one, or choose another --port and base_url",
+    )

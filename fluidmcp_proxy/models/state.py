@@ -1,0 +1,62 @@
+"""The states of a model and the snapshot that others get of them.
+
+Only a supervisor makes one; nobody decides from a snapshot, since it is old as soon as it exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["ModelState", "ModelStatus"]
+
+
+class ModelState(StrEnum):
+    """Where a model is in its life.
+
+    ``stopped`` means that its whole tree of processes is gone, not only the server's first process. ``backoff`` is the
+    pause before a restart; ``failed`` is left by an explicit start only.
+    """
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    BACKOFF = "backoff"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+    def may_become(self, new: ModelState) -> bool:
+        """Whether the life of a model leads from this state to ``new`` in one step."""
+        return new in _NEXT[self]
+
+
+_NEXT: dict[ModelState, frozenset[ModelState]] = {
+    ModelState.STOPPED: frozenset({ModelState.STARTING}),
+    ModelState.STARTING: frozenset({ModelState.READY, ModelState.BACKOFF, ModelState.FAILED, ModelState.STOPPING}),
+    ModelState.READY: frozenset({ModelState.BACKOFF, ModelState.FAILED, ModelState.STOPPING}),
+    ModelState.BACKOFF: frozenset({ModelState.STARTING, ModelState.FAILED, ModelState.STOPPING}),
+    ModelState.STOPPING: frozenset({ModelState.STOPPED}),
+    ModelState.FAILED: frozenset({ModelState.STARTING}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStatus:
+    """What is known of a model at one moment.
+
+    ``since`` is a Unix time in seconds; ``restarts`` counts those in a row, ``spawns`` all of them; ``last_exit`` says
+    how its server ended last, ``reason`` is a word for a program (``port_in_use``, ``exited``, ``startup_timeout`` …)
+    and ``message`` a sentence for a person, both of the last failure; ``progress`` is what the server last said while
+    loading.
+    """
+
+    id: str
+    state: ModelState
+    since: float
+    pid: int | None = None
+    restarts: int = 0
+    spawns: int = 0
+    last_exit: str | None = None
+    reason: str | None = None
+    message: str | None = None
+    progress: str | None = None
