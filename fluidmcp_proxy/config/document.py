@@ -49,15 +49,17 @@ def read_file(path: str) -> bytes:
         raise ConfigError("config_not_found", "no file can have this name", remedy=_WRITE_ONE) from error
     except OSError as error:
         raise _unreadable(error) from error
-    with open(descriptor, "rb") as file:
-        mode = os.fstat(descriptor)
-        if not stat.S_ISREG(mode.st_mode):
-            what = "a directory" if stat.S_ISDIR(mode.st_mode) else "not a regular file"
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             raise ConfigError("config_not_file", f"this is {what}", remedy=_WRITE_ONE)
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             content = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise _unreadable(error) from error
+    except OSError as error:
+        raise _unreadable(error) from error
+    finally:
+        os.close(descriptor)
     if len(content) > MAX_BYTES:
         raise ConfigError("config_too_large", "the file is larger than 1 MiB", remedy=_WRITE_ONE)
     return content

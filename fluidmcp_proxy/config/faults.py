@@ -58,8 +58,12 @@ def shown(text: object, limit: int = 80) -> str:
     """A name out of the file, quoted, on one line and short enough to print."""
     whole = str(text)
     cut = whole if len(whole) <= limit else whole[:limit] + "…"
-    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
-    return "'" + escaped + "'"
+    return "'" + printable(cut) + "'"
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with what a terminal might act on escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def json_path(*parts: object) -> str:
@@ -121,8 +125,6 @@ def _problem(first: Any) -> str:
     if wanted is not None:
         given = "a fraction" if first["type"] == "int_from_float" else kind(first["input"])
         return f"must be {wanted}, not {given}"
-    if first["type"] == "string_unicode":
-        return "has a character that is not Unicode (a lone surrogate)"
     if first["type"] == "enum":
         return f"must be {first['ctx']['expected']}"
     return str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must").replace("must have", "has")

@@ -65,9 +65,11 @@ class Environment(Mapping[str, str]):
         return f"Environment({', '.join(self._variables)})"
 
 
-def _without_nul(text: str) -> str:
+def _passable(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("nul", "has a NUL character, which no program can be given")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise PydanticCustomError("surrogate", "has a lone surrogate, which is no character")
     return text
 
 
@@ -95,7 +97,7 @@ def _remediable(problem: str, remedy: str) -> PydanticCustomError:
     return PydanticCustomError("value_error_with_remedy", problem, {"remedy": remedy})
 
 
-_Argument = Annotated[str, AfterValidator(_without_nul)]
+_Argument = Annotated[str, AfterValidator(_passable)]
 _Seconds = Annotated[float, Field(ge=0)]
 _PositiveSeconds = Annotated[float, Field(gt=0)]
 _ServerPath = Annotated[str, Field(pattern=_SERVER_PATH)]
@@ -109,7 +111,7 @@ class _Frozen(BaseModel):
 class ModelOptions(_Frozen):
     """The keys of a model that mean in the file what they mean in the program."""
 
-    command: Annotated[str, AfterValidator(_without_nul), AfterValidator(_program)] | None = Field(
+    command: Annotated[str, AfterValidator(_passable), AfterValidator(_program)] | None = Field(
         None,
         description=(
             "The program that serves the model, found on PATH or by its path; no shell is involved. Without "
@@ -191,7 +193,7 @@ class ModelEntry(ModelOptions):
             "gateway's environment, $${ is a literal ${."
         ),
     )
-    endpoints: EndpointsEntry = Field(EndpointsEntry(), description="Where the server listens.")
+    endpoints: EndpointsEntry = Field(EndpointsEntry(), description="The address of the model's server.")
     readiness_path: _ServerPath | None = Field(
         None,
         description=(

@@ -29,7 +29,7 @@ def json_schema() -> dict[str, Any]:
     definitions = {**model.pop("$defs", {}), **gateway.pop("$defs", {})}
     base_url = definitions["EndpointsEntry"]["properties"]["base_url"]
     # None stands for "not written"; null itself is refused.
-    del base_url["anyOf"], base_url["default"]
+    del base_url["anyOf"], base_url["default"], model["properties"]["endpoints"]["default"]
     base_url |= {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"}
     return {
         "$schema": DIALECT,

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from fluidmcp_proxy.errors import ConfigError
@@ -33,7 +34,18 @@ KEEP_ALIVE = 3600
 _SERVICE_LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
+_FOLDERS = ("log_dir", "runtime_dir")
+
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
+
+
+def _nameable(folder: object) -> object:
+    if folder == "" or "\0" in str(folder):
+        raise PydanticCustomError("folder", "is empty, or has a NUL character")
+    return folder
+
+
+_Folder = Annotated[Path, Field(strict=False), BeforeValidator(_nameable)]
 
 
 class GatewaySection(BaseModel):
@@ -41,7 +53,9 @@ class GatewaySection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
-    host: Annotated[str, Field(min_length=1)] = Field("127.0.0.1", description="Address that the gateway binds.")
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:%-]+$")] = Field(
+        "127.0.0.1", description="Address that the gateway binds."
+    )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8099, description="Port that the gateway binds; 0: any free one."
     )
@@ -52,14 +66,14 @@ class GatewaySection(BaseModel):
         30.0, description="Seconds that running requests get to finish when the gateway ends."
     )
     log_level: LogLevel = Field("info", description="How much is logged.")
-    log_dir: Annotated[Path, Field(strict=False)] | None = Field(
+    log_dir: _Folder | None = Field(
         None,
         description=(
             "Folder of the models' output files; by default $XDG_STATE_HOME/fluidmcp, else "
             "~/.local/state/fluidmcp. A relative one starts at the configuration file's folder."
         ),
     )
-    runtime_dir: Annotated[Path, Field(strict=False)] | None = Field(
+    runtime_dir: _Folder | None = Field(
         None,
         description=(
             "Folder of locks and sockets; by default $XDG_RUNTIME_DIR/fluidmcp, else a folder of the user in"
@@ -74,8 +88,8 @@ class Settings(BaseSettings, GatewaySection):
     model_config = SettingsConfigDict(env_prefix=PREFIX, strict=False)
 
     config: Path | None = Field(None, description="The configuration file, for ``uvicorn fluidmcp_proxy:app``.")
-    log_dir: Path
-    runtime_dir: Path
+    log_dir: _Folder
+    runtime_dir: _Folder
 
     @classmethod
     def settings_customise_sources(
@@ -153,11 +167,8 @@ def read_settings(
         source = variable(name) if name in variables and name not in explicit else ""
         path = "" if source else fault.path
         raise ConfigError(fault.code, fault.problem, remedy=fault.remedy, path=path, source=source) from None
-    return settings.model_copy(
-        update={
-            name: Path(os.path.abspath(getattr(settings, name).expanduser())) for name in ("log_dir", "runtime_dir")
-        }
-    )
+    folders = {name: Path(os.path.abspath(os.path.expanduser(getattr(settings, name)))) for name in _FOLDERS}
+    return settings.model_copy(update=folders)
 
 
 def configured_path(environ: Mapping[str, str] | None = None) -> str:
@@ -193,11 +204,11 @@ def _section_values(section: Mapping[str, Any], folder: Path | None) -> dict[str
     except ValidationError as error:
         raise from_validation(error, "gateway", known=known) from None
     values = {name: getattr(parsed, name) for name in parsed.model_fields_set}
-    for name in ("log_dir", "runtime_dir"):
+    for name in _FOLDERS:
         if values.get(name) is None:
             values.pop(name, None)
         elif folder is not None:
-            values[name] = folder / values[name].expanduser()
+            values[name] = folder / os.path.expanduser(values[name])
     return values
 
 
@@ -222,11 +233,12 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
 def _default_folders(environ: Mapping[str, str]) -> dict[str, Path]:
     state = environ.get("XDG_STATE_HOME", "")
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    # The XDG specification wants relative paths ignored. tempfile.gettempdir() would write a file to find out.
-    temporary = tempfile.tempdir or environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    home = environ.get("HOME") or os.path.expanduser("~")
+    # tempfile.gettempdir() would write a file to find out.
+    own = Path(tempfile.tempdir or environ.get("TMPDIR") or "/tmp", f"fluidmcp-{os.getuid()}")  # noqa: S108
+    # The XDG specification wants relative paths ignored. A container's user may have no home at all.
+    fallback = Path(home, ".local/state/fluidmcp") if home.startswith("/") else own / "logs"
     return {
-        "log_dir": Path(state, "fluidmcp") if state.startswith("/") else Path("~/.local/state/fluidmcp"),
-        "runtime_dir": Path(runtime, "fluidmcp")
-        if runtime.startswith("/")
-        else Path(str(temporary), f"fluidmcp-{os.getuid()}"),
+        "log_dir": Path(state, "fluidmcp") if state.startswith("/") else fallback,
+        "runtime_dir": Path(runtime, "fluidmcp") if runtime.startswith("/") else own,
     }

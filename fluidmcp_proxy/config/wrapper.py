@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .arguments import VLLM_PORT, options, read_arguments
-from .faults import json_path
+from .faults import json_path, printable, shown
 from .models import MODEL_ID, RESERVED_IDS
 
 SCRIPT = "vllm_server.py"
@@ -19,7 +19,7 @@ MODEL_VARIABLE = "VLLM_MODEL_NAME"
 FIRST_PORT = 8001
 
 # Variables of the wrapper with an obvious argument of `vllm serve`.
-_ARGUMENTS = {
+ARGUMENTS = {
     "VLLM_TENSOR_PARALLEL_SIZE": "--tensor-parallel-size",
     "VLLM_PIPELINE_PARALLEL_SIZE": "--pipeline-parallel-size",
     "VLLM_GPU_MEMORY_UTILIZATION": "--gpu-memory-utilization",
@@ -56,7 +56,7 @@ def replacement(entry: Mapping[str, Any], port: int) -> dict[str, Any]:
     env = dict(written) if isinstance(written, Mapping) else {}
     model = _text(env.pop(MODEL_VARIABLE, None)) or _model_argument(entry) or MODEL_PLACEHOLDER
     args = ["serve", model, "--port", str(port)]
-    for variable, option in _ARGUMENTS.items():
+    for variable, option in ARGUMENTS.items():
         value = _text(env.get(variable))
         if value and "${" not in value:
             args += [option, value]
@@ -106,11 +106,11 @@ def wrapper_warnings(servers: Mapping[str, Any], models: Mapping[str, Any]) -> l
         ids.append(model_id(name, [*models, *ids]))
         new = replacement(entry, ports[-1])
         kept = new.pop("env")
-        rest = f" and keep {', '.join(map(str, kept))} in its env" if kept else ""
-        shown = json.dumps({ids[-1]: new}, ensure_ascii=True)
+        rest = f" and keep {', '.join(map(shown, kept))} in its env" if kept else ""
+        model = printable(json.dumps({ids[-1]: new}))
         warnings.append(
             f"{json_path('mcpServers', name)}: the JSON-RPC wrapper for vLLM is deprecated and not served; "
-            f'write "llmModels": {shown}{rest} (fluidmcp migrate does it)'
+            f'write "llmModels": {model}{rest} (fluidmcp migrate does it)'
         )
     return warnings
 

@@ -1,0 +1,110 @@
+"""What is read out of a server's command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluidmcp_proxy.config import parse_config
+from fluidmcp_proxy.config.arguments import read_arguments
+
+
+@pytest.mark.parametrize(
+    ("args", "port"),
+    [
+        (["serve", "m", "--port", "8001"], 8001),
+        (["serve", "m", "--port=8001"], 8001),
+        (["serve", "m", "--port", "1", "--port", "2"], 2),
+        (["serve", "m", "--port=1", "--port", "2"], 2),
+        (["serve", "m"], 8000),
+        (["serve", "m", "--port", "08001"], 8001),
+    ],
+)
+def test_the_port_of_vllm(args: list[str], port: int) -> None:
+    endpoint = parse_config({"llmModels": {"m": {"command": "vllm", "args": args}}}, environ={}).models["m"].endpoint
+    assert endpoint is not None
+    assert (endpoint.host, endpoint.port) == ("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        ("vllm", ["serve", "m"]),
+        ("/opt/venv/bin/vllm", ["serve", "m"]),
+        ("python3", ["-m", "vllm.entrypoints.openai.api_server", "--model", "m"]),
+        ("python3", ["-u", "-m", "vllm.entrypoints.cli.main", "serve", "m"]),
+        ("uv", ["run", "vllm", "serve", "m"]),
+        ("numactl", ["-N", "0", "vllm", "serve", "m"]),
+    ],
+)
+def test_vllm_is_recognised(command: str, args: list[str]) -> None:
+    read = read_arguments(command, args)
+    assert (read.is_vllm, read.default_port, read.model) == (True, 8000, "m")
+
+
+@pytest.mark.parametrize(("command", "args"), [("vllm", ["bench"]), ("llama-server", []), ("python", ["serve.py"])])
+def test_others_are_not(command: str, args: list[str]) -> None:
+    read = read_arguments(command, args)
+    assert (read.is_vllm, read.default_port, read.model) == (False, None, None)
+
+
+@pytest.mark.parametrize(
+    ("args", "model"),
+    [
+        (["serve", "org/m"], "org/m"),
+        (["serve", "--port", "8001", "org/m"], "org/m"),
+        (["serve", "--enforce-eager", "org/m", "--port", "1"], "org/m"),
+        (["serve", "--enable_prefix_caching", "org/m"], "org/m"),
+        (["serve", "--port=8001", "org/m"], "org/m"),
+        (["serve", "--model", "org/m"], "org/m"),
+        (["serve", "--model=org/m"], "org/m"),
+        (["serve"], None),
+        (["serve", "--port", "8001"], None),
+    ],
+)
+def test_the_model_argument(args: list[str], model: str | None) -> None:
+    assert read_arguments("vllm", args).model == model
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["serve", "m", "--served-model-name", "a", "b", "--port", "1"], ("a", "b")),
+        (["serve", "m", "--served-model-name=a"], ("a",)),
+        (["serve", "m", "--served_model_name", "a"], ("a",)),
+        (["serve", "m", "--served-model-name"], ()),
+        (["serve", "m", "--served-model-name", "a", "--served-model-name", "b"], ("b",)),
+    ],
+)
+def test_served_names(args: list[str], names: tuple[str, ...]) -> None:
+    assert read_arguments("vllm", args).served_model_names == names
+
+
+def test_a_double_dash_ends_the_options() -> None:
+    assert read_arguments("vllm", ["serve", "m", "--", "--port", "1"]).port is None
+
+
+def test_a_port_that_a_launcher_maps() -> None:
+    entry = {
+        "command": "docker",
+        "args": ["run", "-p", "8005:8000", "vllm/vllm-openai", "--model", "m", "--port", "8000"],
+        "endpoints": {"base_url": "http://localhost:8005/v1"},
+        "verify_listener": False,
+    }
+    config = parse_config({"llmModels": {"m": entry}}, environ={})
+    assert config.models["m"].endpoint is not None
+    assert config.models["m"].endpoint.port == 8005
+    assert any("verify_listener" in warning for warning in config.warnings)
+
+
+def test_anothers_port_option_may_mean_something_else() -> None:
+    entry = {"command": "serve", "args": ["--port", "auto"], "endpoints": {"base_url": "http://localhost:9"}}
+    assert parse_config({"llmModels": {"m": entry}}, environ={}).models["m"].endpoint is not None
+
+
+def test_a_vllm_config_file_may_set_the_port() -> None:
+    entry = {
+        "command": "vllm",
+        "args": ["serve", "--config", "c.yaml"],
+        "endpoints": {"base_url": "http://localhost:9"},
+    }
+    assert parse_config({"llmModels": {"m": entry}}, environ={}).models["m"].endpoint is not None
