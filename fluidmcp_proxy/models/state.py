@@ -36,7 +36,7 @@ _NEXT: dict[ModelState, frozenset[ModelState]] = {
     ModelState.READY: frozenset({ModelState.BACKOFF, ModelState.FAILED, ModelState.STOPPING}),
     ModelState.BACKOFF: frozenset({ModelState.STARTING, ModelState.FAILED, ModelState.STOPPING}),
     ModelState.STOPPING: frozenset({ModelState.STOPPED}),
-    ModelState.FAILED: frozenset({ModelState.STARTING}),
+    ModelState.FAILED: frozenset({ModelState.STARTING, ModelState.STOPPED}),
 }
 
 

@@ -1,0 +1,108 @@
+"""The project's sessions. `nox` alone runs what CI runs; `nox --list` shows all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SUPPORTED = ("3.11", "3.12", "3.13")
+
+nox.options.sessions = ["lint", "types", "tests", "lowest", "examples", "build", "e2e"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+
+def interpreters() -> list[str]:
+    """The supported Pythons that this machine has: on PATH, or installed by pyenv."""
+    found = {".".join(map(str, sys.version_info[:2])): sys.executable}
+    for version in SUPPORTED:
+        pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+        for candidate in (shutil.which(f"python{version}"), *pyenv):
+            # A shim of pyenv can be there without the Python behind it.
+            if candidate and subprocess.run([candidate, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
+                found.setdefault(version, str(candidate))
+    return [found[version] for version in SUPPORTED if version in found]
+
+
+def group(name: str) -> list[str]:
+    """The requirements of a dependency group (PEP 735)."""
+    requirements: list[str] = []
+    for item in PYPROJECT["dependency-groups"][name]:
+        requirements += [item] if isinstance(item, str) else group(item["include-group"])
+    return requirements
+
+
+def lowest_versions() -> list[str]:
+    """The runtime dependencies at the lowest version that pyproject.toml admits."""
+    return [re.sub(r">=\s*([^,;\s]+).*", r"==\1", requirement) for requirement in PYPROJECT["project"]["dependencies"]]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format, lint, and who may import whom."""
+    session.install("-e", ".", *group("lint"))
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strictly."""
+    session.install("-e", ".", *group("types"))
+    session.run("mypy")
+
+
+@nox.session(python=interpreters())
+def tests(session: nox.Session) -> None:
+    """Everything that needs no vLLM."""
+    session.install("-e", ".", *group("test"))
+    session.run("pytest", "-m", "not e2e", *session.posargs)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The same with the lowest versions of the direct dependencies."""
+    session.install("-e", ".", *group("test"), *lowest_versions())
+    session.run("pytest", "-m", "not e2e", *session.posargs)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Every example, run."""
+    session.install("-e", ".", *group("examples"))
+    session.run("pytest", "tests/examples", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """A wheel in a clean environment: complete, importable without side effects."""
+    session.install("build")
+    folder = session.create_tmp()
+    session.run("python", "-m", "build", "--outdir", folder, silent=True)
+    wheel = max(Path(folder).glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install("--force-reinstall", str(wheel), "pytest", "anyio", "check-wheel-contents", "twine")
+    session.run("twine", "check", "--strict", str(wheel))
+    session.run("python", str(ROOT / "tests" / "check_wheel.py"), str(wheel))
+
+
+@nox.session
+def e2e(session: nox.Session) -> None:
+    """A real vLLM on the CPU, driven by the SDKs."""
+    session.install("-e", ".", *group("e2e"))
+    session.run("pytest", "-m", "e2e", "tests/e2e", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """A real model answers through the gateway."""
+    session.install("-e", ".")
+    session.run("python", "examples/demo.py", *session.posargs)

@@ -1,0 +1,101 @@
+"""Routes: what is forwarded where, and what is refused how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fluidmcp_proxy.config.load import parse_config
+from fluidmcp_proxy.errors import GatewayError
+from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Route, Router
+from fluidmcp_proxy.gateway.target import read_target
+
+CONFIG: dict[str, Any] = {
+    "llmModels": {
+        "vllm": {"command": "vllm", "args": ["serve", "m", "--port", "8001"]},
+        "far": {"endpoints": {"base_url": "https://far.example/api/v1"}},
+        "open": {
+            "command": "vllm",
+            "args": ["serve", "m", "--port", "8002"],
+            "extra_paths": ["/metrics", "/v1/load_lora_adapter", "/admin/*"],
+        },
+    }
+}
+ROUTER = Router(parse_config(CONFIG, environ={}).models)
+
+
+def route(method: str, target: str) -> Route:
+    raw, _, query = target.encode().partition(b"?")
+    scope = {"type": "http", "path": target, "raw_path": raw, "query_string": query}
+    return ROUTER.route(method, read_target(scope))
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "expected"),
+    [
+        ("POST", "/vllm/v1/chat/completions", Forward("vllm", b"/v1/chat/completions")),
+        ("GET", "/vllm/v1/models", Forward("vllm", b"/v1/models")),
+        ("DELETE", "/vllm/v1/responses/r%201?a=b&c", Forward("vllm", b"/v1/responses/r%201?a=b&c")),
+        ("OPTIONS", "/vllm/v1/anything/new", Forward("vllm", b"/v1/anything/new")),
+        ("POST", "/vllm/v1/messages", Forward("vllm", b"/v1/messages", anthropic=True)),
+        ("POST", "/vllm/v1/messages/count_tokens", Forward("vllm", b"/v1/messages/count_tokens", anthropic=True)),
+        ("POST", "/vllm/tokenize", Forward("vllm", b"/tokenize")),
+        ("POST", "/far/v1/chat/completions", Forward("far", b"/api/v1/chat/completions")),
+        ("POST", "/far/rerank", Forward("far", b"/api/rerank")),
+        ("GET", "/open/metrics", Forward("open", b"/metrics")),
+        ("POST", "/open/v1/load_lora_adapter", Forward("open", b"/v1/load_lora_adapter")),
+        ("PUT", "/open/admin/a/b", Forward("open", b"/admin/a/b")),
+        ("GET", "/health", Page.HEALTH),
+        ("HEAD", "/ready", Page.READY),
+        ("GET", "/models", Page.MODELS),
+        ("GET", "/models/vllm", ModelPage("vllm")),
+    ],
+)
+def test_routes(method: str, target: str, expected: Route) -> None:
+    assert route(method, target) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status", "code"),
+    [
+        ("GET", "/", 404, "path_not_found"),
+        ("GET", "/nobody/v1/models", 404, "model_not_found"),
+        ("GET", "/VLLM/v1/models", 404, "model_not_found"),
+        ("GET", "/models/nobody", 404, "model_not_found"),
+        ("GET", "/nobody/x", 404, "path_not_found"),
+        ("GET", "/vllm", 404, "path_not_found"),
+        ("GET", "/vllm/", 404, "path_not_found"),
+        ("GET", "/vllm/v1", 404, "path_not_found"),
+        ("GET", "/vllm/v1/", 404, "path_not_found"),
+        ("GET", "/vllm/v2/models", 404, "path_not_found"),
+        ("GET", "/vllm/metrics", 404, "path_not_found"),
+        ("GET", "/vllm/v1/metrics", 404, "path_not_found"),
+        ("POST", "/vllm/v1/load_lora_adapter", 404, "path_not_found"),
+        ("POST", "/vllm/v1/%6coad_lora_adapter", 404, "path_not_found"),
+        ("POST", "/vllm/v1/unload_lora_adapter/", 404, "path_not_found"),
+        ("POST", "/vllm/sleep", 404, "path_not_found"),
+        ("POST", "/vllm/v1/collective_rpc", 404, "path_not_found"),
+        ("POST", "/vllm/mcp", 410, "mcp_endpoint_removed"),
+        ("GET", "/vllm/tokenize", 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+        ("TRACE", "/vllm/v1/models", 405, "method_not_allowed"),
+        ("DELETE", "/models/vllm", 405, "method_not_allowed"),
+        ("GET", "/healthz", 404, "path_not_found"),
+        ("GET", "/open/admin", 404, "path_not_found"),
+    ],
+)
+def test_refusals(method: str, target: str, status: int, code: str) -> None:
+    with pytest.raises(GatewayError) as caught:
+        route(method, target)
+    assert (caught.value.status, caught.value.code) == (status, code)
+
+
+def test_messages_help() -> None:
+    with pytest.raises(GatewayError, match="The models are: vllm, far, open"):
+        route("GET", "/nobody/v1/models")
+    with pytest.raises(GatewayError, match="POST /vllm/v1/chat/completions"):
+        route("POST", "/vllm/mcp")
+    with pytest.raises(GatewayError) as caught:
+        route("GET", "/vllm/tokenize")
+    assert (b"allow", b"POST") in caught.value.headers

@@ -1,0 +1,151 @@
+"""Doubles for what surrounds a supervisor: a child without a process and a transport without a wire."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+
+from fluidmcp_proxy.config.load import parse_config
+from fluidmcp_proxy.config.models import ModelConfig
+from fluidmcp_proxy.models.supervisor import CannotStart, Supervisor
+from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response
+
+ADDRESS = Address("http", "127.0.0.1", 8001)
+
+
+def model(**keys: Any) -> ModelConfig:
+    """A model's configuration."""
+    entry = {"command": "vllm", "args": ["serve", "m", "--port", "8001"], **keys}
+    return parse_config({"llmModels": {"m": entry}}, environ={}).models["m"]
+
+
+class FakeResponse:
+    def __init__(self, status: int) -> None:
+        self.status = status
+        self.reason = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+
+    @property
+    async def body(self) -> AsyncIterator[bytes]:  # type: ignore[misc]
+        yield b"{}"
+
+
+class FakeTransport:
+    """Answers with what ``status`` returns, which may raise."""
+
+    def __init__(self, status: Callable[[], int] = lambda: 200) -> None:
+        self.status = status
+        self.closed = False
+        self.asked: list[bytes] = []
+
+    @asynccontextmanager
+    async def exchange(
+        self, method: bytes, target: bytes, headers: Headers, body: Body = None
+    ) -> AsyncIterator[Response]:
+        self.asked.append(target)
+        await anyio.lowlevel.checkpoint()
+        yield FakeResponse(self.status())  # type: ignore[misc]
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeChild:
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.listens = True
+        self.refusal: CannotStart | None = None
+        self._ended = anyio.Event()
+        self._how = ""
+
+    def end(self, how: str = "exited with code 1") -> None:
+        self._how = how
+        self._ended.set()
+
+    async def wait(self) -> str:
+        await self._ended.wait()
+        return self._how
+
+    async def listening(self) -> Address | None:
+        await anyio.lowlevel.checkpoint()
+        if self.refusal:
+            raise self.refusal
+        return ADDRESS if self.listens else None
+
+
+class FakeLauncher:
+    """Counts what it launched, and asserts that no two are alive at once."""
+
+    def __init__(self, prepare: Callable[[FakeChild], None] = lambda child: None) -> None:
+        self.children: list[FakeChild] = []
+        self.alive = 0
+        self.prepare = prepare
+        self.launched = anyio.Event()
+        self.sweep: anyio.Event | None = None  # leaving the scope waits for it
+        self.refusal: CannotStart | None = None
+
+    def tail(self, lines: int) -> list[str]:
+        return ["last words"][:lines]
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[FakeChild]:
+        if self.refusal:
+            raise self.refusal
+        assert self.alive == 0, "two trees alive"
+        self.alive += 1
+        child = FakeChild(1000 + len(self.children))
+        self.prepare(child)
+        self.children.append(child)
+        launched, self.launched = self.launched, anyio.Event()
+        launched.set()
+        try:
+            yield child
+        finally:
+            with anyio.CancelScope(shield=True):
+                if self.sweep is not None:
+                    await self.sweep.wait()
+            self.alive -= 1
+
+
+class Rig:
+    """A supervisor among doubles, running."""
+
+    def __init__(self, launcher: FakeLauncher | None = None, transport: FakeTransport | None = None, **keys: Any) -> None:
+        self.launcher = launcher or FakeLauncher()
+        self.transport = transport or FakeTransport()
+        self.drained = 0
+        self.supervisor = Supervisor(
+            model(**{"restart_delay": 0, **keys}),
+            self.launcher,
+            connect=lambda address: self.transport,
+            drain=self._drain,
+        )
+
+    async def _drain(self) -> None:
+        self.drained += 1
+
+    async def until(self, *states: str) -> None:
+        """Wait until the model is in one of ``states``."""
+        with anyio.fail_after(5):
+            await self.supervisor._until(lambda: self.supervisor.status.state in states)
+
+    async def until_launched(self, count: int) -> FakeChild:
+        """Wait for the ``count``-th launch."""
+        with anyio.fail_after(5):
+            while len(self.launcher.children) < count:
+                await self.launcher.launched.wait()
+        return self.launcher.children[count - 1]
+
+
+@asynccontextmanager
+async def running(rig: Rig) -> AsyncIterator[Rig]:
+    """The supervisor's loop in the background; it must end within a deadline."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(rig.supervisor.run)
+        yield rig
+        rig.supervisor.close()
+        with anyio.fail_after(5):
+            await rig.supervisor._until(lambda: rig.supervisor.status.state in ("stopped", "failed"))

@@ -1,0 +1,151 @@
+"""Leases: waiting, counting, draining."""
+
+from __future__ import annotations
+
+import time
+
+import anyio
+import pytest
+
+from fluidmcp_proxy.config.models import ModelConfig
+from fluidmcp_proxy.errors import ModelNotFound, ModelStarting, QueueTimeout
+from fluidmcp_proxy.models.scheduler import Scheduler
+from fluidmcp_proxy.models.state import ModelState, ModelStatus
+from fluidmcp_proxy.upstream.client import Transport
+from tests.models.doubles import FakeTransport, model
+
+pytestmark = pytest.mark.anyio
+
+
+class FakeServer:
+    """Ready when ``open()`` is called."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.transport: Transport | None = None
+        self.state = ModelState.STARTING
+        self._opened = anyio.Event()
+
+    @property
+    def status(self) -> ModelStatus:
+        return ModelStatus(id="m", state=self.state, since=time.time(), progress="shard 1 of 2")
+
+    def open(self) -> None:
+        self.transport = FakeTransport()
+        self._opened.set()
+
+    async def ready(self) -> Transport:
+        await self._opened.wait()
+        assert self.transport is not None
+        return self.transport
+
+
+@pytest.fixture
+async def server() -> FakeServer:
+    return FakeServer(model(queue_timeout=30))
+
+
+@pytest.fixture
+async def scheduler(server: FakeServer) -> Scheduler:
+    scheduler = Scheduler()
+    scheduler.admit(server)
+    return scheduler
+
+
+async def test_an_unknown_model(scheduler: Scheduler) -> None:
+    with pytest.raises(ModelNotFound):
+        scheduler.lease("nobody")
+
+
+async def test_counts(scheduler: Scheduler, server: FakeServer) -> None:
+    server.open()
+    async with scheduler.lease("m") as transport, scheduler.lease("m"):
+        assert transport is server.transport
+        assert scheduler.in_flight("m") == 2
+    assert scheduler.in_flight("m") == scheduler.waiting("m") == 0
+
+
+async def test_entering_waits_for_the_model(scheduler: Scheduler, server: FakeServer) -> None:
+    entered = anyio.Event()
+
+    async def ask() -> None:
+        async with scheduler.lease("m"):
+            entered.set()
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await anyio.wait_all_tasks_blocked()
+            assert (scheduler.waiting("m"), scheduler.in_flight("m")) == (1, 0)
+            server.open()
+            await entered.wait()
+    assert (scheduler.waiting("m"), scheduler.in_flight("m")) == (0, 0)
+
+
+async def test_wait_0_is_answered_at_once_with_what_the_model_does(scheduler: Scheduler) -> None:
+    with pytest.raises(ModelStarting, match="shard 1 of 2") as caught:
+        async with scheduler.lease("m", wait=0):
+            pass
+    assert (b"retry-after", b"5") in caught.value.headers
+    assert scheduler.waiting("m") == 0
+
+
+async def test_a_preference_does_not_lengthen_the_limit() -> None:
+    server, scheduler = FakeServer(model(queue_timeout=0)), Scheduler()
+    scheduler.admit(server)
+    with anyio.fail_after(5), pytest.raises(ModelStarting):
+        async with scheduler.lease("m", wait=1000):
+            pass
+
+
+async def test_a_turn_that_does_not_come(scheduler: Scheduler, server: FakeServer) -> None:
+    server.state = ModelState.READY
+    with pytest.raises(QueueTimeout):
+        async with scheduler.lease("m", wait=0):
+            pass
+
+
+async def test_a_request_that_leaves_while_it_waits_is_not_counted(scheduler: Scheduler) -> None:
+    with anyio.move_on_after(0.01):
+        async with scheduler.lease("m"):
+            pass
+    assert scheduler.waiting("m") == 0
+
+
+async def test_drain_waits_for_the_last_request(scheduler: Scheduler, server: FakeServer) -> None:
+    server.open()
+    drained = anyio.Event()
+
+    async def drain() -> None:
+        await scheduler.drain("m", timeout=30)
+        drained.set()
+
+    async with anyio.create_task_group() as tasks:
+        lease = scheduler.lease("m")
+        async with lease:
+            tasks.start_soon(drain)
+            await anyio.wait_all_tasks_blocked()
+            assert not drained.is_set()
+        with anyio.fail_after(5):
+            await drained.wait()
+    assert not lease.was_cut
+
+
+async def test_drain_cuts_what_does_not_end(scheduler: Scheduler, server: FakeServer) -> None:
+    server.open()
+    lease = scheduler.lease("m")
+
+    async def hold() -> None:
+        with anyio.CancelScope() as scope:
+            lease.interrupt = scope.cancel
+            async with lease:
+                await anyio.sleep_forever()
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(hold)
+            await anyio.wait_all_tasks_blocked()
+            await scheduler.drain("m", timeout=0)
+    assert lease.was_cut
+    assert scheduler.in_flight("m") == 0
+    assert lease.shutting_down().code == "shutting_down"
