@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import click
 
 from fluidmcp_proxy.config import GatewayConfig, ModelConfig, child_environment, configured_path, load_config
-from fluidmcp_proxy.config.models import redact
 from fluidmcp_proxy.errors import ConfigError
 
 from .faults import BadConfiguration
@@ -61,7 +60,7 @@ def purpose(model: ModelConfig) -> str:
     """What the gateway does for the model, secrets masked."""
     if model.command is None:
         return "forwards only: someone else runs the server"
-    line = "starts " + shlex.join(redact(word, model.secrets) for word in (model.command, *model.args))
+    line = "starts " + shlex.join((model.command, *model.masked_args))
     return line if len(line) <= _WIDTH else line[:_WIDTH] + "..."
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from .arguments import read_arguments
+from .endpoint import LOOPBACK, canonical_host
 from .faults import json_path
 from .models import ModelConfig, ModelOptions
 from .secrets import secret_arguments
@@ -27,6 +29,9 @@ def warnings_for(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str
     if host is not None and host.value in ("0.0.0.0", "::", "[::]"):  # noqa: S104 - compared, not bound
         where = json_path("llmModels", model.id, "args", host.index)
         yield f"{where}: --host {host.value} opens the server to the network, past the gateway; write 127.0.0.1"
+    elif host is not None and model.endpoint is not None and host.value and _elsewhere(host.value, model.endpoint.host):
+        where = json_path("llmModels", model.id, "args", host.index)
+        yield f"{where}: the server listens on this --host only, and base_url names another address"
     for index, argument in enumerate(model.args):
         if "${" in argument:
             where = json_path("llmModels", model.id, "args", index)
@@ -35,6 +40,12 @@ def warnings_for(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str
     if not model.verify_listener:
         where = json_path("llmModels", model.id, "verify_listener")
         yield f"{where}: false: whatever listens on the port is taken for the model's server"
+
+
+def _elsewhere(bound: str, reached: str) -> bool:
+    """Whether two addresses differ as far as that shows without DNS; a name may be any address."""
+    hosts = [canonical_host(host.strip("[]")) for host in (bound, reached)]
+    return hosts[0] != hosts[1] and all(host == LOOPBACK or re.fullmatch(r"[0-9.]+|.*:.*", host) for host in hosts)
 
 
 def _dev_mode(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:

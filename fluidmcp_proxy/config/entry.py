@@ -17,7 +17,7 @@ from .endpoint import Endpoint, local_endpoint, parse_base_url
 from .expansion import expand
 from .faults import from_validation, json_path, kind
 from .models import EndpointsEntry, Environment, ModelConfig, ModelEntry, ModelOptions
-from .secrets import secret_arguments, secrets_of_environment, secrets_of_expansion
+from .secrets import secret_arguments, secrets_of_environment, secrets_of_expansion, worth_redacting
 
 _KNOWN = {(): list(ModelEntry.model_fields), ("endpoints",): list(EndpointsEntry.model_fields)}
 
@@ -39,6 +39,7 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
     env, secrets = _expand_env(written, environ, path)
     key = _expand_key(written, environ, path)
     arguments = read_arguments(written.command or "", written.args)
+    stated = [*([key] if key else []), *(text for _, text in secret_arguments(written.args))]
     names = arguments.served_model_names or ((arguments.model,) if arguments.model else ())
     return ModelConfig(
         **{name: getattr(written, name) for name in ModelOptions.model_fields},
@@ -48,7 +49,7 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
         readiness_path=written.readiness_path or ("/v1/models" if written.command is None else "/health"),
         api_key=None if key is None else SecretStr(key),
         served_names=names if written.command is not None else (),
-        secrets=secrets | ({key} if key else set()) | {text for _, text in secret_arguments(written.args)},
+        secrets=secrets | {text for text in stated if worth_redacting(text)},
     )
 
 

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from .endpoint import Endpoint
+from .secrets import mask_arguments
 from .settings import Settings
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -226,10 +227,15 @@ class ModelConfig(ModelOptions):
     )
     secrets: frozenset[str] = Field(default=frozenset(), repr=False, exclude=True, description="Strings to redact.")
 
+    @property
+    def masked_args(self) -> tuple[str, ...]:
+        """``args`` as they may be shown."""
+        return mask_arguments(self.args, self.secrets)
+
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """As pydantic's, with the secrets in the arguments masked."""
         for name, value in super().__repr_args__():
-            yield name, tuple(redact(item, self.secrets) for item in value) if name == "args" else value
+            yield name, self.masked_args if name == "args" else value
 
     def __str__(self) -> str:
         return repr(self)
@@ -260,10 +266,3 @@ class GatewayConfig(_Frozen):
             for model in self.models.values()
         ]
         return "models:" + hashlib.sha256(json.dumps(facts).encode("utf-8", "replace")).hexdigest()
-
-
-def redact(text: str, secrets: frozenset[str]) -> str:
-    """``text`` with every secret in it replaced."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text

@@ -5,6 +5,7 @@ It only collects them; redacting the output is done where the output is.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -12,12 +13,16 @@ from .arguments import options
 
 SHORTEST = 8
 """A shorter string is a secret only if its name says so: redacting it would garble the output."""
+SHORTEST_NAMED = 4
+"""A string this short is not redacted whatever its name says."""
 
 _SECRET_WORD = re.compile(r"(TOKEN|KEYS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
 _SECRET_OPTIONS = {"--api-key", "--hf-token", "--token", "--password"}
-_KNOWN_KEY = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|nvapi-[A-Za-z0-9_-]{16,})")
+_KNOWN_KEY = re.compile(
+    r"(?<![\w/.-])(?:hf_(?!transfer|xet|hub)[A-Za-z0-9]{6,}|sk-[A-Za-z0-9_-]{6,}|nvapi-[A-Za-z0-9_-]{6,})"
+)
 _PLACE = re.compile(r"(^|_)(HOME|PATH|PWD|OLDPWD|USER|LOGNAME|LANG|SHELL|TERM|HOST|HOSTNAME|TMPDIR|DIR|ROOT|FILE)$")
-_PLAIN_VALUES = {"true", "false", "none", "null", "auto", "default"}
+_PLAIN_VALUES = {"true", "false", "none", "null", "auto", "default", "empty", "dummy"}
 
 
 def is_secret_name(name: str) -> bool:
@@ -38,8 +43,19 @@ def secret_arguments(args: Sequence[str]) -> Iterator[tuple[int, str]]:
 def secrets_of_environment(environ: Mapping[str, str]) -> Iterator[str]:
     """The values of variables whose names say that they are secret."""
     for name, value in environ.items():
-        if is_secret_name(name) and len(value) >= 4 and not value.isdigit() and value.lower() not in _PLAIN_VALUES:
+        if is_secret_name(name) and worth_redacting(value):
             yield value
+
+
+def worth_redacting(value: str) -> bool:
+    """Whether a value whose name says that it is secret can be one, rather than a number, a switch or a placeholder."""
+    return len(value) >= SHORTEST_NAMED and not value.isdigit() and value.lower() not in _PLAIN_VALUES
+
+
+def mask_arguments(args: Sequence[str], secrets: Iterable[str]) -> tuple[str, ...]:
+    """A command line that can be shown."""
+    hidden = sorted({*secrets, *(text for _, text in secret_arguments(args))}, key=len, reverse=True)
+    return tuple(functools.reduce(lambda text, secret: text.replace(secret, "***"), hidden, word) for word in args)
 
 
 def secrets_of_expansion(value: str, names: Iterable[str], environ: Mapping[str, str]) -> Iterator[str]:

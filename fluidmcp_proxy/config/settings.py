@@ -5,6 +5,7 @@ The only module that reads the environment. It reads it when asked, never on imp
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -45,6 +46,15 @@ def _nameable(folder: object) -> object:
     return folder
 
 
+def _bindable(host: str) -> str:
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise PydanticCustomError("host", "is not an IPv6 address, and the port has its own key") from None
+    return host
+
+
 _Folder = Annotated[Path, Field(strict=False), BeforeValidator(_nameable)]
 
 
@@ -53,7 +63,7 @@ class GatewaySection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
-    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:%-]+$")] = Field(
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$"), AfterValidator(_bindable)] = Field(
         "127.0.0.1", description="Address that the gateway binds."
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(

@@ -127,6 +127,32 @@ def test_the_development_mode(value: str) -> None:
     assert warnings(models(m=launched(env={"VLLM_SERVER_DEV_MODE": "0"})), {"VLLM_SERVER_DEV_MODE": value}) == ()
 
 
+@pytest.mark.parametrize(
+    ("host", "url", "warned"),
+    [
+        ("127.0.0.1", "http://10.0.0.1:8001", True),
+        ("10.0.0.1", "http://localhost:8001", True),
+        ("10.0.0.1", "http://10.0.0.1:8001", False),
+        ("127.0.0.1", "http://localhost:8001", False),
+        ("node-1", "http://localhost:8001", False),
+        ("127.0.0.1", "http://node-1:8001", False),
+    ],
+)
+def test_a_server_that_listens_elsewhere(host: str, url: str, warned: bool) -> None:
+    entry = launched(endpoints={"base_url": url})
+    entry["args"] += ["--host", host]
+    assert len(warnings(models(m=entry))) == warned
+
+
+@pytest.mark.parametrize(
+    "argument", ["hf_transfer", "org/sk-model-name", "--load-format=hf_transfer", "task-sk-abcdefg"]
+)
+def test_what_only_looks_like_a_key(argument: str) -> None:
+    entry = launched()
+    entry["args"] += ["--x", argument]
+    assert warnings(models(m=entry)) == ()
+
+
 def test_a_reference_in_args_is_not_expanded() -> None:
     entry = launched()
     entry["args"] += ["--download-dir", "${CACHE}"]
@@ -158,5 +184,10 @@ def test_the_deprecated_wrapper_alone(refuse: Refuse, deprecated: dict[str, Any]
 
 
 def test_other_servers_are_none_of_our_business(short: dict[str, Any]) -> None:
-    servers = {"a": {"command": "npx", "env": {"KEY": 1}}, "b": None, "c": [], "d": {"args": 5, "anything": {}}}
+    servers: dict[str, Any] = {
+        "a": {"command": "npx", "env": {"KEY": 1}},
+        "b": None,
+        "c": [],
+        "d": {"args": 5, "anything": {}},
+    }
     assert warnings({**short, "mcpServers": servers}) == ()

@@ -16,6 +16,7 @@ from fluidmcp_proxy.config.load import TOP_LEVEL
 from fluidmcp_proxy.config.models import RESERVED_IDS, EndpointsEntry, ModelConfig, ModelEntry
 from fluidmcp_proxy.config.settings import KEEP_ALIVE, GatewaySection, Settings, variable
 from fluidmcp_proxy.config.wrapper import ARGUMENTS
+from fluidmcp_proxy.errors import ConfigError
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
 OF_THE_ENVIRONMENT = {"log_dir": "`$XDG_STATE_HOME/fluidmcp`", "runtime_dir": "`$XDG_RUNTIME_DIR/fluidmcp`"}
@@ -81,7 +82,7 @@ def test_the_examples_load() -> None:
 
 def test_the_example_of_an_error_is_real(short: dict[str, Any]) -> None:
     short["llmModels"]["vllm"]["endpoints"]["base_url"] = "http://localhost:8002/v1"
-    with pytest.raises(fluidmcp_proxy.config.load.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         parse_config(short, source="models.json", environ={})
     assert str(caught.value) in section("Errors").splitlines()
 

@@ -127,6 +127,13 @@ def test_what_is_redacted() -> None:
     assert model.secrets == {"inherited-token", "abcd", "long-value"}
 
 
+def test_placeholders_are_not_redacted_but_masked_in_args() -> None:
+    model = parse_config(document(args=["serve", "m", "--api-key", "abc"], api_key="EMPTY"), environ={}).models["m"]
+    assert model.secrets == frozenset()
+    assert model.masked_args == ("serve", "m", "--api-key", "***")
+    assert "abc" not in repr(model)
+
+
 def test_values_are_frozen(short: dict[str, Any]) -> None:
     config = parse_config(short, environ={})
     with pytest.raises(TypeError):

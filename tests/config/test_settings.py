@@ -75,6 +75,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
         ("PORT", "x"), ("PORT", "-1"), ("PORT", "65536"), ("PORT", "1.5"), ("MAX_BODY_BYTES", "0"),
         ("DRAIN_TIMEOUT", "nan"),
         ("DRAIN_TIMEOUT", "inf"), ("DRAIN_TIMEOUT", "-1"), ("LOG_LEVEL", "loud"), ("HOST", "a b"), ("HOST", "http://x"),
+        ("HOST", "localhost:80"), ("HOST", "[::1]"),
         ("LOG_DIR", "a\0b"),
     ],
 )  # fmt: skip
