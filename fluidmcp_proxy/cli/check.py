@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 
 import click
 
 from fluidmcp_proxy.config import GatewayConfig, ModelConfig, child_environment, configured_path, load_config
+from fluidmcp_proxy.config.faults import printable
 from fluidmcp_proxy.errors import ConfigError
 
 from .faults import BadConfiguration
@@ -31,7 +33,13 @@ def check(config: str | None) -> None:
     except ConfigError as error:
         raise BadConfiguration(error) from None
     for line in report(checked):
-        click.echo(line)
+        click.echo(_displayable(line))
+
+
+def _displayable(line: str) -> str:
+    """``line`` for this terminal: nothing that it would act on, nothing that its encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return printable(line).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def report(config: GatewayConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,10 +40,18 @@ def migrate(config: str, write: bool, output: str | None) -> None:
         raise BadConfiguration(located(error, config)) from None
     target = config if write else output
     if target is None:
-        click.echo(migration.text, nl=False)
+        click.echo(migration.text if _encodable(migration.text) else migration.ascii, nl=False)
     elif migration.changes or output:
         _write(Path(target), migration.text)
     _explain(migration)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _explain(migration: Migration) -> None:

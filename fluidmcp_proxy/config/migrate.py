@@ -29,8 +29,13 @@ class Migration:
         try:
             written.encode()
         except UnicodeEncodeError:  # a lone surrogate can be escaped, but not encoded
-            written = json.dumps(self.document, indent=2)
+            return self.ascii
         return written + "\n"
+
+    @property
+    def ascii(self) -> str:
+        """The same with every other character escaped."""
+        return json.dumps(self.document, indent=2) + "\n"
 
 
 def migrate(document: Mapping[str, Any]) -> Migration:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from fluidmcp_proxy.cli.check import check
 
 SECRET = "hunter2-hunter2"
 
 
-def run(tmp_path: Path, document: Any, *args: str, **environ: str) -> Result:
-    file = tmp_path / "models.json"
-    file.write_text(json.dumps(document))
-    return CliRunner().invoke(check, [str(file), *args], env={"FLUIDMCP_CONFIG": None, **environ})
+@pytest.fixture
+def run(invoke: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Check a document."""
+
+    def run_check(document: Any, **environ: str) -> Any:
+        file = tmp_path / "models.json"
+        file.write_text(json.dumps(document))
+        return invoke(check, file, **environ)
+
+    return run_check
 
 
 def program(tmp_path: Path, name: str = "server") -> Path:
@@ -27,11 +35,11 @@ def program(tmp_path: Path, name: str = "server") -> Path:
     return file
 
 
-def test_it_shows_each_model_and_its_address(tmp_path: Path) -> None:
+def test_it_shows_each_model_and_its_address(run: Callable[..., Any], tmp_path: Path) -> None:
     program(tmp_path)
     launched = {"command": "server", "args": ["serve", "a b", "--port", "8001"], "env": {"PATH": str(tmp_path)}}
     remote = {"endpoints": {"base_url": "https://host/api/"}}
-    result = run(tmp_path, {"llmModels": {"one": launched, "two": remote}, "gateway": {"host": "::1", "port": 9000}})
+    result = run({"llmModels": {"one": launched, "two": remote}, "gateway": {"host": "::1", "port": 9000}})
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert result.stdout.splitlines() == [
@@ -43,10 +51,10 @@ def test_it_shows_each_model_and_its_address(tmp_path: Path) -> None:
     ]
 
 
-def test_warnings_do_not_fail_it_and_show_no_secret(tmp_path: Path) -> None:
+def test_warnings_do_not_fail_it_and_show_no_secret(run: Callable[..., Any], tmp_path: Path) -> None:
     args = ["serve", "m", "--host", "0.0.0.0", "--api-key", SECRET]
     entry = {"command": str(program(tmp_path)), "args": ["vllm", *args, "--port", "8001"], "env": {"A_KEY": "${K}"}}
-    result = run(tmp_path, {"llmModels": {"m": entry}}, K=SECRET + "2")
+    result = run({"llmModels": {"m": entry}}, K=SECRET + "2")
     assert result.exit_code == 0
     assert result.stdout.count("warning: ") == 2
     assert SECRET not in result.output
@@ -55,43 +63,56 @@ def test_warnings_do_not_fail_it_and_show_no_secret(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "why"), [("no-such-program-x", "not on PATH"), ("/no/such/program", "there is no such program")]
 )
-def test_a_missing_program_is_told(tmp_path: Path, command: str, why: str) -> None:
-    result = run(tmp_path, {"llmModels": {"m": {"command": command, "args": ["--port", "8001"]}}})
+def test_a_missing_program_is_told(run: Callable[..., Any], tmp_path: Path, command: str, why: str) -> None:
+    result = run({"llmModels": {"m": {"command": command, "args": ["--port", "8001"]}}})
     assert result.exit_code == 0
     assert f"warning: llmModels.m.command: {why}" in result.stdout
 
 
-def test_the_models_own_path_counts(tmp_path: Path) -> None:
+def test_the_models_own_path_counts(run: Callable[..., Any], tmp_path: Path) -> None:
     program(tmp_path, "only-here")
     entry = {"command": "only-here", "args": ["--port", "8001"], "env": {"PATH": str(tmp_path)}}
-    assert "warning" not in run(tmp_path, {"llmModels": {"m": entry}}).output
+    assert "warning" not in run({"llmModels": {"m": entry}}).output
 
 
 @pytest.mark.parametrize(
     ("document", "code"),
     [([], "config_invalid_type"), ({}, "no_models"), ({"llmModels": {"m": {"api_key": [SECRET]}}}, "invalid_value")],
 )
-def test_a_bad_file_is_one_line_and_exit_code_2(tmp_path: Path, document: Any, code: str) -> None:
-    result = run(tmp_path, document)
+def test_a_bad_file_is_one_line_and_exit_code_2(
+    run: Callable[..., Any], tmp_path: Path, document: Any, code: str
+) -> None:
+    result = run(document)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith(f"{code}: {tmp_path}/models.json: ")
     assert result.stderr.count("\n") == 1
     assert SECRET not in result.stderr
-    assert isinstance(result.exception, SystemExit)
 
 
-def test_the_file_of_the_environment(tmp_path: Path) -> None:
+def test_the_file_of_the_environment(invoke: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "m.json"
     file.write_text('{"llmModels": {"m": {"endpoints": {"base_url": "http://x"}}}}')
-    found = CliRunner().invoke(check, [], env={"FLUIDMCP_CONFIG": str(file)})
+    found = invoke(check, FLUIDMCP_CONFIG=str(file))
     assert found.exit_code == 0
-    missing = CliRunner().invoke(check, [], env={"FLUIDMCP_CONFIG": None})
+    missing = invoke(check)
     assert missing.exit_code == 2
     assert missing.stderr.startswith("config_not_found: FLUIDMCP_CONFIG: ")
 
 
-def test_a_bad_setting_names_its_variable(tmp_path: Path) -> None:
-    result = run(tmp_path, {"llmModels": {"m": {"endpoints": {"base_url": "http://x"}}}}, FLUIDMCP_PORT="x")
+def test_a_bad_setting_names_its_variable(run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run({"llmModels": {"m": {"endpoints": {"base_url": "http://x"}}}}, FLUIDMCP_PORT="x")
     assert result.exit_code == 2
     assert result.stderr.startswith("invalid_value: FLUIDMCP_PORT: ")
+
+
+def test_a_terminal_that_knows_only_ascii(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The module by its name: the package's attribute of that name is the command.
+    terminal = SimpleNamespace(stdout=SimpleNamespace(encoding="ascii"))
+    monkeypatch.setattr(sys.modules["fluidmcp_proxy.cli.check"], "sys", terminal)
+    entry = {"command": str(program(tmp_path)), "args": ["mödel\x1b[2J\n", "--port", "8001"]}
+    result = run({"llmModels": {"m": entry}})
+    assert result.exit_code == 0
+    assert r"m\xf6del\x1b[2J\n" in result.stdout
