@@ -253,7 +253,7 @@ class Connection:
         self.cut_after: int | None = None
         self.cut_how = "fin"
         self.sent = 0
-        self.chunked = False
+        self.chunked = self.head_only = False
         self.extra: list[str] = []
 
     async def run(self) -> None:
@@ -302,6 +302,10 @@ class Connection:
 
     async def answer(self, request: Request) -> None:
         options = self.server.options
+        self.head_only = request.method == "HEAD"
+        if b'"stub"' in request.body:
+            with contextlib.suppress(ValueError):
+                request.json()  # for the knobs in it
         cut = request.number("cut-after", options.cut_after)
         self.cut_after, self.cut_how = None if cut is None else int(cut), request.knobs.get("cut-how", "fin")
         self.sent = 0
@@ -315,6 +319,9 @@ class Connection:
 
     async def respond(self, status: int, body: bytes, media: str = "application/json") -> None:
         self.chunked = False
+        if status in (204, 304):  # RFC 9110 §6.4.1: no body, and a length would only mislead
+            self._head(status, [])
+            return
         self._head(status, [f"content-type: {media}", f"content-length: {len(body)}"])
         await self.write(body)
 
@@ -326,7 +333,8 @@ class Connection:
         self._head(status, [f"content-type: {media}", "transfer-encoding: chunked"])
 
     async def end(self) -> None:
-        self.writer.write(b"0\r\n\r\n")
+        if not self.head_only:
+            self.writer.write(b"0\r\n\r\n")
         await self.writer.drain()
 
     def _head(self, status: int, lines: list[str]) -> None:
@@ -335,6 +343,8 @@ class Connection:
 
     async def write(self, data: bytes) -> None:
         """Part of an answer's body, up to the byte at which it is to be cut."""
+        if self.head_only:
+            return
         cut = self.cut_after is not None and self.sent + len(data) > self.cut_after
         part = data[: self.cut_after - self.sent] if cut and self.cut_after is not None else data
         self.sent += len(part)

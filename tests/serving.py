@@ -77,7 +77,14 @@ def serving(app: Any, server: str = "uvicorn-httptools") -> Iterator[int]:
 
 @contextlib.contextmanager
 def _uvicorn(app: Any, parser: str) -> Iterator[int]:
-    config = uvicorn.Config(app, http=parser, log_level="critical", lifespan="on", timeout_graceful_shutdown=5)  # type: ignore[arg-type]
+    config = uvicorn.Config(
+        app,
+        http=parser,  # type: ignore[arg-type]
+        log_level="critical",
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+        proxy_headers=False,
+    )
     instance = uvicorn.Server(config)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

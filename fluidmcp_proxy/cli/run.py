@@ -104,7 +104,8 @@ class _Server(uvicorn.Server):
                 lifespan="on",
                 log_config=None,
                 access_log=False,
-                server_header=False,
+                server_header=False,  # the model's server says both
+                date_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE,
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout) + _CUT_GRACE,
