@@ -1,0 +1,139 @@
+"""One model's server as its callers see it: an address, time-outs, and a transport to exchange requests with.
+
+It names the interface and picks the implementation; the wire itself is in ``transport`` (asyncio) and ``over_httpx``
+(trio, or a transport that somebody hands in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import httpx
+
+from fluidmcp_proxy.upstream.as_httpx import HttpxFace
+
+__all__ = ["Address", "Body", "Headers", "Response", "Timeouts", "Transport", "open_client", "open_transport"]
+
+Headers = Sequence[tuple[bytes, bytes]]
+Body = bytes | AsyncIterator[bytes] | None
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a model's server listens.
+
+    ``root`` is the path before ``/v1``, without a final slash: ``""`` or ``"/api"``. With ``uds``, the path of a Unix
+    socket, ``host`` and ``port`` only name the server in the Host header.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    root: str = ""
+    uds: str | None = None
+
+    @cached_property
+    def authority(self) -> bytes:
+        """The value of the Host header: without the scheme's own port, an IPv6 address in brackets (RFC 9110 §7.2)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return (host if self.port == _DEFAULT_PORTS.get(self.scheme) else f"{host}:{self.port}").encode("ascii")
+
+    @property
+    def url(self) -> str:
+        """The server's root as a URL, without a final slash."""
+        return f"{self.scheme}://{self.authority.decode()}{self.root}"
+
+
+class Timeouts(NamedTuple):
+    """In seconds, None for no limit.
+
+    ``connect`` until connected (TLS included), ``first_byte`` from the request's last byte to the end of the answer's
+    head, ``idle`` for a silence inside the answer's body.
+    """
+
+    connect: float | None = 5.0
+    first_byte: float | None = None
+    idle: float | None = None
+
+
+_DEFAULT_TIMEOUTS = Timeouts()
+
+
+class Response(Protocol):
+    """An answer whose head has arrived. ``body`` gives raw bytes, once, as they come."""
+
+    @property
+    def status(self) -> int:
+        """The status code; never a 1xx."""
+
+    @property
+    def reason(self) -> bytes:
+        """The reason phrase as the server wrote it."""
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Names in lower case; order and repetition as received."""
+
+    @property
+    def body(self) -> AsyncIterator[bytes]:
+        """Raw, not decoded, never an empty chunk. Raises as ``exchange`` does when the answer breaks off."""
+
+
+class Transport(Protocol):
+    """The connections to one model's server."""
+
+    def exchange(
+        self, method: bytes, target: bytes, headers: Headers, body: Body = None
+    ) -> AbstractAsyncContextManager[Response]:
+        """Send a request, byte for byte, and yield its answer; leaving early closes the connection.
+
+        ``target`` is what the request line shows, so it begins with the address's ``root``. ``headers`` have names in
+        lower case, a ``host``, and no ``transfer-encoding``: a body of unknown length is sent chunked, a
+        ``content-length`` is sent as given and the body held to it.
+
+        Raises:
+            UpstreamUnavailable: connecting failed; nothing was sent, so another try is safe.
+            UpstreamDisconnected: the server closed the connection too early.
+            UpstreamInvalidResponse: the answer is not HTTP/1.1.
+            UpstreamTimeout: first byte, or the next one, too late.
+            InvalidTarget: the request cannot be written as HTTP/1.1, or its body is not as long as it says.
+        """
+
+    async def aclose(self) -> None:
+        """Close every connection; exchanges under way end with ``UpstreamDisconnected``."""
+
+
+def open_transport(
+    address: Address,
+    timeouts: Timeouts = _DEFAULT_TIMEOUTS,
+    *,
+    keep_alive: float = 4.0,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> Transport:
+    """Make the transport to ``address``; it connects when it is used.
+
+    ``keep_alive`` is for how many seconds an idle connection may be used again; it must be less than the server keeps
+    it (uvicorn, hence vLLM: 5). A ``transport`` that is handed in is used through httpx's interface.
+    """
+    from fluidmcp_proxy.upstream.over_httpx import OverHttpx
+
+    return OverHttpx(address, timeouts, keep_alive=keep_alive, transport=transport)
+
+
+def open_client(transport: Transport, address: Address) -> httpx.AsyncClient:
+    """Make an ``httpx.AsyncClient`` over ``transport`` whose base URL is the server's ``/v1``.
+
+    It obeys no proxy variable and follows no redirect. Closing it leaves the transport open: that has its own owner.
+    """
+    return httpx.AsyncClient(
+        base_url=f"{address.url}/v1",
+        transport=HttpxFace(transport),
+        trust_env=False,
+        timeout=None,  # noqa: S113 - a generation takes its time; the model's own time-outs apply below
+    )
