@@ -74,9 +74,11 @@ def parse_document(content: bytes) -> dict[str, Any]:
         where = f"{error.lineno}:{error.colno}"
         raise ConfigError("config_invalid_json", error.msg, path=where, remedy=_json_remedy(error)) from None
     except RecursionError:
-        raise ConfigError("config_invalid_json", "the objects and lists are nested too deeply") from None
+        remedy = "write at most a few levels"
+        raise ConfigError("config_invalid_json", "objects and lists are nested too deeply", remedy=remedy) from None
     except ValueError:  # Python's limit on the digits of a number
-        raise ConfigError("config_invalid_json", "a number has too many digits") from None
+        remedy = "write a shorter number"
+        raise ConfigError("config_invalid_json", "a number has too many digits", remedy=remedy) from None
     _refuse_repeated(document)
     if not isinstance(document, dict):
         problem = f"the top level must be an object, not {kind(document)}"

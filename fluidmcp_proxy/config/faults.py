@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 from fluidmcp_proxy.errors import ConfigError
 
@@ -44,6 +45,13 @@ _WANTED = {
     "path_type": "a string",
     "invalid_key": "an object whose keys are strings",
 }
+_PROBLEMS = {
+    "string_too_short": "is empty",
+    "string_pattern_mismatch": "has characters that do not belong there",
+    "int_parsing": "must be a whole number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+}
 _REMEDIES = {
     "string_type": "put it in double quotes",
     "string_sub_type": "put it in double quotes",
@@ -51,6 +59,24 @@ _REMEDIES = {
     "float_type": "write a JSON number of seconds without quotes",
     "bool_type": "write true or false without quotes",
     "tuple_type": 'write a list: ["…"]',
+    "dict_type": 'write an object: {"NAME": "value"}',
+    "mapping_type": 'write an object: {"NAME": "value"}',
+    "model_type": 'write an object: {"name": …}',
+    "model_attributes_type": 'write an object: {"name": …}',
+    "path_type": "put it in double quotes",
+    "invalid_key": "put the name in double quotes",
+    "int_from_float": "write it without a fraction",
+    "int_parsing": "write digits only",
+    "float_parsing": "write a number such as 30 or 0.5",
+    "finite_number": "write an ordinary number",
+    "greater_than": "write a larger number",
+    "greater_than_equal": "write a larger number",
+    "less_than_equal": "write a smaller number",
+    "string_too_short": "write it, or leave the key out",
+}
+_REMEDIES_BY_KEY = {
+    "readiness_path": "write an absolute path such as /health",
+    "host": "write a name or an address such as 127.0.0.1",
 }
 
 
@@ -87,14 +113,14 @@ def kind(value: object) -> str:
     return f"a Python {type(value).__name__}"
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: the closest known one, else all of them."""
+def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
+    """The remedy for an unknown name: the closest known one, else all of them, shown with ``prefix``."""
     candidates = list(known)
     by_shape = {_shape(candidate): candidate for candidate in candidates}
     close = difflib.get_close_matches(_shape(str(name)), by_shape, n=1, cutoff=0.6)
     if close:
-        return f"did you mean '{by_shape[close[0]]}'?"
-    return f"the known ones are {', '.join(candidates)}"
+        return f"did you mean '{prefix}{by_shape[close[0]]}'?"
+    return f"the known ones are {', '.join(prefix + candidate for candidate in candidates)}"
 
 
 def unknown_key(name: object, known: Iterable[str], *parents: object) -> ConfigError:
@@ -120,23 +146,31 @@ def from_validation(
     return ConfigError(code, _problem(first), path=json_path(*parents, *loc), remedy=_remedy(first))
 
 
+def refusal(problem: str, remedy: str) -> PydanticCustomError:
+    """What a validator raises: becomes a ``ConfigError`` with this problem and remedy."""
+    return PydanticCustomError("refusal", "{problem}", {"problem": problem, "remedy": remedy})
+
+
 def _problem(first: Any) -> str:
-    wanted = _WANTED.get(first["type"])
-    if wanted is not None:
-        given = "a fraction" if first["type"] == "int_from_float" else kind(first["input"])
-        return f"must be {wanted}, not {given}"
-    if first["type"] == "enum":
+    fault, given = first["type"], first["input"]
+    if fault == "float_type" and kind(given) == "a number":  # a whole number of hundreds of digits
+        return "must be a number of a sensible size"
+    if fault in _WANTED:
+        return f"must be {_WANTED[fault]}, not {'a fraction' if isinstance(given, float) else kind(given)}"
+    if fault in ("enum", "literal_error"):
         return f"must be {first['ctx']['expected']}"
-    return str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must").replace("must have", "has")
+    return _PROBLEMS.get(fault) or str(first["msg"]).replace("Input should", "must")
 
 
 def _remedy(first: Any) -> str:
-    if first["type"] == "enum" and isinstance(first["input"], str):
-        expected = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        return nearest(first["input"], expected)
-    if first["type"] == "value_error_with_remedy":
+    fault, key = first["type"], first["loc"][-1] if first["loc"] else ""
+    if fault in ("enum", "literal_error"):
+        return nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+    if "remedy" in first.get("ctx", {}):
         return str(first["ctx"]["remedy"])
-    return _REMEDIES.get(first["type"], "")
+    if fault in ("string_pattern_mismatch", "string_too_short") and key in _REMEDIES_BY_KEY:
+        return _REMEDIES_BY_KEY[key]
+    return _REMEDIES.get(fault, "")
 
 
 def _shape(name: str) -> str:

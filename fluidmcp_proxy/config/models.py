@@ -24,9 +24,9 @@ from pydantic import (
     InstanceOf,
     SecretStr,
 )
-from pydantic_core import PydanticCustomError
 
 from .endpoint import Endpoint
+from .faults import refusal
 from .secrets import mask_arguments
 from .settings import Settings
 
@@ -68,34 +68,30 @@ class Environment(Mapping[str, str]):
 
 def _passable(text: str) -> str:
     if "\0" in text:
-        raise PydanticCustomError("nul", "has a NUL character, which no program can be given")
+        raise refusal("has a NUL character, which no program can be given", "remove it")
     if any("\ud800" <= char <= "\udfff" for char in text):
-        raise PydanticCustomError("surrogate", "has a lone surrogate, which is no character")
+        raise refusal("has a lone surrogate, which is no character", "remove it")
     return text
 
 
 def _program(command: str) -> str:
     if not command.strip() or command != command.strip():
-        raise PydanticCustomError("empty", "is empty, or begins or ends with a space")
+        raise refusal("is empty, or begins or ends with a space", "write the program's name or path alone")
     if any(char.isspace() for char in command) and "/" not in command:
-        raise _remediable("has arguments in it, and there is no shell to split them", "put the arguments into args")
+        raise refusal("has arguments in it, and there is no shell to split them", "put the arguments into args")
     if command.startswith("~"):
-        raise _remediable("begins with ~, which only a shell expands", "write the whole path")
+        raise refusal("begins with ~, which only a shell expands", "write the whole path")
     return command
 
 
 def _extra_path(path: str) -> str:
     segments = path.removesuffix("*").split("/")
     if not _EXTRA_PATH.fullmatch(path) or "//" in path or "." in segments or ".." in segments:
-        raise _remediable(
+        raise refusal(
             "is not an absolute path (no query, no escapes, no dot segments, * only at its end)",
             "write it like '/tokenize' or '/admin/*'",
         )
     return path
-
-
-def _remediable(problem: str, remedy: str) -> PydanticCustomError:
-    return PydanticCustomError("value_error_with_remedy", problem, {"remedy": remedy})
 
 
 _Argument = Annotated[str, AfterValidator(_passable)]

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from fluidmcp_proxy.errors import ConfigError
 
-from .faults import from_validation, nearest, shown
+from .faults import from_validation, nearest, refusal, shown
 
 if TYPE_CHECKING:
     from .models import ModelConfig
@@ -42,7 +41,7 @@ LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 
 def _nameable(folder: object) -> object:
     if folder == "" or "\0" in str(folder):
-        raise PydanticCustomError("folder", "is empty, or has a NUL character")
+        raise refusal("is empty, or has a NUL character", "write the path of a folder")
     return folder
 
 
@@ -51,7 +50,7 @@ def _bindable(host: str) -> str:
         try:
             ipaddress.IPv6Address(host)
         except ValueError:
-            raise PydanticCustomError("host", "is not an IPv6 address, and the port has its own key") from None
+            raise refusal("is not an IPv6 address, and the port has its own key", "write it alone") from None
     return host
 
 
@@ -237,7 +236,9 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
         if _SERVICE_LINK_NAME.search(name) or _SERVICE_LINK_VALUE.match(environ[name]):
             continue
         problem = f"{shown(name)} is not a variable of the gateway"
-        raise ConfigError("unknown_key", problem, remedy=nearest(name, known), source="environment")
+        names = [field.upper() for field in Settings.model_fields]
+        remedy = nearest(name.removeprefix(PREFIX), names, PREFIX)
+        raise ConfigError("unknown_key", problem, remedy=remedy, source="environment")
 
 
 def _default_folders(environ: Mapping[str, str]) -> dict[str, Path]:

@@ -83,6 +83,7 @@ def refuse() -> Refuse:
         assert text.isprintable(), "one line, nothing a terminal would act on"
         assert caught.value.__cause__ is None, "a chained pydantic error would carry the values"
         assert caught.value.problem
+        assert caught.value.remedy
         return caught.value
 
     return refuse_document

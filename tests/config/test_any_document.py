@@ -96,6 +96,7 @@ def outcome(document: Any) -> GatewayConfig | ConfigError:
     assert str(refusal).isprintable()
     assert "hunter2-hunter2" not in str(refusal)
     assert refusal.code
+    assert refusal.remedy
     return refusal
 
 

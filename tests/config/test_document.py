@@ -27,6 +27,7 @@ def refused_content(tmp_path: Path, content: bytes) -> ConfigError:
     file.write_bytes(content)
     error = refused(file)
     assert error.source == str(file)
+    assert error.remedy
     return error
 
 

@@ -83,6 +83,7 @@ def test_a_bad_variable_is_named(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings(environ={f"FLUIDMCP_{name}": value})
     assert (caught.value.code, caught.value.source, caught.value.path) == ("invalid_value", f"FLUIDMCP_{name}", "")
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize(
