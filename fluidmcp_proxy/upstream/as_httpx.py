@@ -114,5 +114,7 @@ def _as_httpx(error: GatewayError, request: httpx.Request) -> httpx.TransportErr
             return httpx.ReadError(error.message, request=request)
         case UpstreamError():
             return httpx.RemoteProtocolError(error.message, request=request)
+        case GatewayError(status=503):  # the model is not there, and says why
+            return httpx.ConnectError(error.message, request=request)
         case _:
             return httpx.LocalProtocolError(error.message, request=request)
