@@ -71,6 +71,7 @@ def test_the_model_argument(args: list[str], model: str | None) -> None:
         (["serve", "m", "--served-model-name", "a", "b", "--port", "1"], ("a", "b")),
         (["serve", "m", "--served-model-name=a"], ("a",)),
         (["serve", "m", "--served_model_name", "a"], ("a",)),
+        (["serve", "m", "--served_model_name=a"], ("a",)),
         (["serve", "m", "--served-model-name"], ()),
         (["serve", "m", "--served-model-name", "a", "--served-model-name", "b"], ("b",)),
     ],

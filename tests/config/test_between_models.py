@@ -95,6 +95,14 @@ def test_the_documented_host_is_warned_about(documented: dict[str, Any]) -> None
     assert warning.startswith("llmModels.vllm.args[4]: --host 0.0.0.0")
 
 
+@pytest.mark.parametrize("host", ["::", "[::]", "0.0.0.0"])
+def test_every_wildcard_is_warned_about(host: str) -> None:
+    entry = launched()
+    entry["args"] += ["--host", host]
+    (warning,) = warnings(models(m=entry))
+    assert warning.startswith(f"llmModels.m.args[4]: --host {host} opens")
+
+
 @pytest.mark.parametrize(
     ("args", "index"),
     [
