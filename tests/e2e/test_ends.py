@@ -1,0 +1,58 @@
+"""However the gateway or vLLM ends, no process of vLLM is left, and what can come back does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from .vllm import LOADING, Gateway, Launch, Runner, eventually, request
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+TITLES = ["vllm serve", "VLLM::EngineCore", "VLLM::Worker"]
+
+
+def asked(gateway: Gateway) -> str:
+    body = {"model": "smol", "prompt": "One, two,", "max_tokens": 3}
+    text: str = request(gateway.port, "POST", "/smol/v1/completions", body).json()["choices"][0]["text"]
+    return text
+
+
+@pytest.mark.parametrize("title", ["vllm serve", "VLLM::EngineCore"], ids=["api-server", "engine"])
+def test_killed_server_is_cleared_away_and_comes_back(gateway: Gateway, title: str) -> None:
+    before = gateway.model_processes()
+    os.kill(gateway.model_process(title).pid, signal.SIGKILL)
+    eventually(lambda: not any(process.is_alive() for process in before), f"{before} are gone", 60)
+    eventually(lambda: gateway.state()["state"] == "ready", "it is ready again", LOADING)
+    assert gateway.state()["restarts"] >= 1
+    assert asked(gateway)
+    for name in TITLES:
+        assert gateway.model_process(name) not in before
+
+
+@pytest.mark.parametrize("how", ["run", "uvicorn"])
+@pytest.mark.parametrize("signum", SIGNALS, ids=lambda signum: signum.name)
+def test_signal_ends_everything(launch: Callable[[Launch], Gateway], how: Launch, signum: signal.Signals) -> None:
+    gateway = launch(how)
+    for name in TITLES:
+        gateway.model_process(name)
+    assert asked(gateway)
+    assert gateway.end(signum) in (-signum, 128 + signum)
+
+
+def test_killed_gateway_leaves_nothing(gateway: Gateway) -> None:
+    for name in TITLES:
+        gateway.model_process(name)
+    assert gateway.end(signal.SIGKILL) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("signum", [*SIGNALS, signal.SIGKILL], ids=lambda signum: signum.name)
+def test_ending_while_loading_leaves_nothing(runner: Runner, signum: signal.Signals) -> None:
+    """In the middle of the start, when some of vLLM's processes are there and do not listen to each other yet."""
+    gateway = runner.start("run")
+    loading = gateway.model_processes
+    eventually(lambda: any("EngineCore" in process.title() for process in loading()), "the engine starts", 120)
+    assert request(gateway.port, "GET", "/ready").status == 503
+    gateway.end(signum)
