@@ -7,7 +7,8 @@ them into a line on the terminal or an HTTP answer happens once, in ``cli`` and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "UpstreamTimeout",
     "UpstreamUnavailable",
     "UriTooLong",
+    "ungrouped",
 ]
 
 
@@ -55,7 +57,8 @@ class ConfigError(FluidMCPError):
 
     ``code`` is one of the contract's codes (``unknown_key``, ``port_mismatch`` …), ``path`` the JSON path of the fault
     (``llmModels.vllm.args[3]``, or ``line:column`` for a syntax error), ``problem`` what is wrong, ``remedy`` what to
-    write instead. ``source`` is the file, or the name of the setting's variable. No value of a secret is in any of them.
+    write instead. ``source`` is the file, or the name of the setting's variable. No value of a secret is in any of
+    them.
     """
 
     def __init__(self, code: str, problem: str, *, remedy: str = "", path: str = "", source: str = "") -> None:
@@ -348,3 +351,14 @@ class UpstreamTimeout(UpstreamError):
 
     status = 504
     code = "upstream_timeout"
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Give the caller its own exception back when a task group around it has put just that one into a group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from None
+        raise

@@ -6,14 +6,15 @@ so that one model never disturbs another.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import MappingProxyType
 
 import anyio
 
 from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig
+from fluidmcp_proxy.errors import ungrouped
 from fluidmcp_proxy.models.launcher import ProcessLauncher
 from fluidmcp_proxy.models.remote import RemoteServer
 from fluidmcp_proxy.models.scheduler import Scheduler
@@ -54,7 +55,7 @@ async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
         for server in servers.values():
             scheduler.admit(server)
         fleet = Fleet(servers, scheduler)
-        with _without_group():
+        with ungrouped():
             async with anyio.create_task_group() as tasks:
                 for server in servers.values():
                     tasks.start_soon(server.run)
@@ -64,17 +65,6 @@ async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
                     yield fleet
                 finally:
                     fleet.close()
-
-
-@contextmanager
-def _without_group() -> Iterator[None]:
-    """Give the host its own exception back: the supervisors raise none, so it is the only one in the group."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) == 1:
-            raise group.exceptions[0] from None
-        raise
 
 
 def address_of(model: ModelConfig) -> Address:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from fluidmcp_proxy.config.endpoint import Endpoint
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.settings import child_environment
 from fluidmcp_proxy.models.supervisor import CannotStart
@@ -56,7 +57,7 @@ class ProcessLauncher:
             raise CannotStart("command_invalid", str(exc)) from exc
 
     async def _refuse_taken_port(self) -> None:
-        endpoint = self._model.endpoint
+        endpoint = _endpoint(self._model)
         if not await port_is_free(endpoint.host, endpoint.port):
             raise _port_in_use(self._model)
 
@@ -80,8 +81,18 @@ class _Process:
         verified."""
 
 
+def _endpoint(model: ModelConfig) -> Endpoint:
+    assert model.endpoint is not None
+    return model.endpoint
+
+
+def _at(model: ModelConfig, host: str) -> Address:
+    endpoint = _endpoint(model)
+    return Address(endpoint.scheme, host, endpoint.port, endpoint.root)
+
+
 def _port_in_use(model: ModelConfig) -> CannotStart:
-    endpoint = model.endpoint
+    endpoint = _endpoint(model)
     return CannotStart(
         "port_in_use",
         f"port {endpoint.port} ({endpoint.host}) is taken by a process that is not this model's; "

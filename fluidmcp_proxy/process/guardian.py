@@ -1,0 +1,238 @@
+"""Stand-alone program between the gateway and one model's server: outlives a killed gateway, takes the tree with it.
+
+Run as ``python -I -S guardian.py``; standard library only, single-threaded, in a session of its own. It becomes the
+subreaper of everything below it, so that a grandchild which made its own session or lost its parent is its child again,
+and "no child left" (``waitpid`` says ECHILD) means that the tree is empty.
+
+* fd 0: one line of JSON ``{"program", "argv", "env", "stop_timeout"}``; then its end of file, whatever brought it about
+  (the gateway leaves the scope, exits, crashes or is killed), asks for the end of the tree.
+* fd 1: lines of JSON: ``{"pid"}`` or ``{"errno"}`` when the head has been started or could not be, ``{"exit"}`` (a wait
+  status) when it has ended, ``{"empty": true}`` when nothing is left. The guardian exits last.
+* fd 2: becomes the head's standard output and standard error; the guardian writes nothing there.
+
+The end of the tree: SIGTERM and SIGCONT once to every process, ``stop_timeout`` seconds of grace, then SIGKILL until
+it is empty. The same when the head ends by itself and leaves others behind. Everything inherited beyond fd 2 (the
+lock of the configuration) is kept open until the guardian exits and is closed in the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import select
+import signal
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes longer to import than all the rest
+    from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
+ON_LINUX = sys.platform == "linux"
+IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGPIPE", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGUSR1", "SIGUSR2")
+POLL = 0.02
+"""Seconds between two looks at a tree that is ending."""
+
+
+class Tree:
+    """The head and everything that descends from it."""
+
+    def __init__(self) -> None:
+        self.head = 0
+        self.head_is_gone = False
+        self.is_empty = False
+
+    def start(self, program: str, argv: list[str], env: dict[str, str]) -> int:
+        """Fork and exec the head; returns the errno of a failed exec, else 0."""
+        reader, writer = os.pipe()
+        parent = os.getpid()
+        self.head = os.fork()
+        if self.head == 0:
+            code = 255
+            try:
+                os.close(reader)
+                become_head(parent, writer)
+                os.execve(program, argv, env)  # noqa: S606 - no shell, on purpose
+            except OSError as error:
+                code = error.errno or 255
+            finally:
+                os.write(writer, b"%d" % code)
+                os._exit(127)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as failure:
+            return int(failure.read() or b"0")
+
+    def reap(self) -> None:
+        """Bury the dead; learn of the head's end and of the tree's."""
+        while not self.is_empty:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.is_empty = True
+                break
+            if pid == 0:
+                break
+            if pid == self.head:
+                self.head_is_gone = True
+                report(exit=status)
+        if self.is_empty and not ON_LINUX:  # without a subreaper, only the group is known
+            with contextlib.suppress(OSError):
+                os.killpg(self.head, 0)
+                self.is_empty = False
+
+    def members(self) -> list[int]:
+        """The living descendants of this process, and on other systems than Linux only the group's head."""
+        if not ON_LINUX:
+            return [self.head]
+        parents = {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    with open(f"/proc/{name}/stat", "rb") as file:
+                        state, parent = file.read().rpartition(b")")[2].split()[:2]
+                    if state not in (b"Z", b"X"):
+                        parents[int(name)] = int(parent)
+        known = {os.getpid()}
+        while more := {pid for pid, parent in parents.items() if parent in known and pid not in known}:
+            known |= more
+        return sorted(known - {os.getpid()})
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every member; in the group at once, since that leaves no time to fork out of it."""
+        if not self.head_is_gone or not ON_LINUX:
+            # The number of a group lives while one process is in it; ours as long as the head is not reaped.
+            with contextlib.suppress(OSError):
+                os.killpg(self.head, number)
+        for pid in self.members():
+            with contextlib.suppress(OSError):
+                if self.head_is_gone or os.getpgid(pid) != self.head:
+                    os.kill(pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL to everything, frozen first so that nobody forks while the others are killed."""
+        frozen: set[int] = set()
+        for _ in range(20):
+            fresh = set(self.members()) - frozen
+            if not fresh:
+                break
+            for pid in fresh:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGSTOP)
+            frozen |= fresh
+        self.signal(signal.SIGKILL)
+
+
+def become_head(parent: int, keep: int) -> None:
+    """In the forked child: a session of its own, pristine signals, no descriptor but the output."""
+    os.setsid()
+    if ON_LINUX:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before that took effect
+            os._exit(127)
+    for number in signal.valid_signals():
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX") if not ON_LINUX else 65536)
+
+
+def prctl(option: int, value: int) -> None:
+    """Call prctl(2)."""
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def report(**message: int) -> None:
+    """Tell the gateway, if there is one."""
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(message).encode() + b"\n")
+
+
+def read_order() -> dict[str, Any]:
+    """The first line of fd 0; exits if the gateway went before it was written."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 65536)
+        if not piece:
+            sys.exit(0)
+        line += piece
+    order: dict[str, Any] = json.loads(line)
+    return order
+
+
+def watch_children() -> int:
+    """A descriptor that becomes readable when a child ends."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+def serve(tree: Tree, children: int) -> None:
+    """Return when the tree is to be ended: asked for, or its head is gone."""
+    while not tree.head_is_gone:
+        ready, _, _ = select.select([0, children], [], [])
+        if children in ready:
+            drain(children)
+            tree.reap()
+        if 0 in ready and not os.read(0, 65536):
+            return
+
+
+def end(tree: Tree, children: int, grace: float) -> None:
+    """Leave nothing."""
+    tree.reap()
+    if not tree.is_empty:
+        tree.signal(signal.SIGTERM)
+        tree.signal(signal.SIGCONT)
+    deadline = time.monotonic() + grace
+    while not tree.is_empty:
+        if time.monotonic() >= deadline:
+            tree.kill()
+        if select.select([children], [], [], POLL)[0]:
+            drain(children)
+        tree.reap()
+
+
+def drain(descriptor: int) -> None:
+    """Empty a wake-up pipe."""
+    with contextlib.suppress(BlockingIOError):
+        while os.read(descriptor, 4096):
+            pass
+
+
+def main() -> None:
+    """Start the head, watch it, end the tree."""
+    for name in IGNORED:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if ON_LINUX:
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+    children = watch_children()
+    order = read_order()
+    tree = Tree()
+    failure = tree.start(order["program"], order["argv"], order["env"])
+    if failure:
+        report(errno=failure)
+    else:
+        report(pid=tree.head)
+        serve(tree, children)
+    end(tree, children, order["stop_timeout"])
+    report(empty=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as fault:
+        if fault.errno != errno.EPIPE:
+            raise

@@ -1,0 +1,108 @@
+"""One gateway per configuration on a machine: a lock that outlives the gateway for as long as its models do.
+
+The lock is an ``flock`` on a file in the runtime folder. Guardians inherit its descriptor, so that it stays taken
+until the last tree of processes is gone, however the gateway went; the file says whose it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+
+from fluidmcp_proxy.errors import FluidMCPError
+
+__all__ = ["AlreadyOwned", "own"]
+
+_PERIOD = 0.05
+
+
+class AlreadyOwned(FluidMCPError):
+    """Another gateway runs this configuration, or a predecessor's models do not end. ``pid`` is the owner's."""
+
+    def __init__(self, identity: str, pid: int | None, *, alive: bool) -> None:
+        self.pid = pid
+        who = f"the gateway with pid {pid}" if pid else "another gateway"
+        if alive:
+            problem = f"{who} runs this configuration already ({identity})"
+            remedy = "stop it first; one gateway runs a configuration, so serve it with one worker (--workers 1)"
+        else:
+            problem = f"{who} is gone, but the processes of its models are still being ended ({identity})"
+            remedy = "try again when they are gone"
+        super().__init__(f"already_running: {problem}; {remedy}")
+
+
+@asynccontextmanager
+async def own(identity: str, runtime_dir: Path, patience: float) -> AsyncIterator[int]:
+    """Hold the lock on a configuration; yields its descriptor, for guardians to inherit.
+
+    Waits up to ``patience`` seconds for the models of an owner that is gone itself.
+
+    Raises:
+        AlreadyOwned: the owner is alive, or its models outlast the patience.
+        FluidMCPError: the runtime folder cannot be used.
+    """
+    path = _prepare(runtime_dir) / (hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:24] + ".lock")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        await _lock(descriptor, identity, patience)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n{identity}\n".encode("utf-8", "replace"), 0)
+        yield descriptor
+    finally:
+        # The file stays: removing it could leave two gateways with a lock on two files of one name.
+        os.close(descriptor)
+
+
+async def _lock(descriptor: int, identity: str, patience: float) -> None:
+    deadline = anyio.current_time() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pid = _owner(descriptor)
+            alive = pid is not None and _is_alive(pid)
+            if alive or anyio.current_time() >= deadline:
+                raise AlreadyOwned(identity, pid, alive=alive) from None
+        await anyio.sleep(_PERIOD)
+
+
+def _owner(descriptor: int) -> int | None:
+    first = os.pread(descriptor, 64, 0).partition(b"\n")[0]
+    return int(first) if first.isdigit() else None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:  # a zombie is not alive
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return True
+
+
+def _prepare(folder: Path) -> Path:
+    """The folder, private to this user: in a shared temporary directory somebody else may have made it before us."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = folder.lstat()
+    except OSError as error:
+        raise FluidMCPError(
+            f"runtime_dir {folder} cannot be made: {error.strerror}; set FLUIDMCP_RUNTIME_DIR"
+        ) from error
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+        raise FluidMCPError(f"runtime_dir {folder} is not a folder of yours; set FLUIDMCP_RUNTIME_DIR to one that is")
+    if info.st_mode & 0o022:
+        folder.chmod(0o700)
+    return folder
