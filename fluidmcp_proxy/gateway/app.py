@@ -128,21 +128,21 @@ class Gateway:
         began = time.perf_counter()
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         request_id = pick_request_id(headers)
-        anthropic = False
+        anthropic, model = False, "-"
         try:
             target = read_target(scope)
             check_size(headers)
             check_host(headers, scope)
             route = self._router.route(scope["method"], target)
             if isinstance(route, Forward):
-                anthropic = route.anthropic
+                anthropic, model = route.anthropic, route.model
                 await self._forward(route, scope, receive, send, request_id, began)
                 return
             status, body = self._page(route)
             await respond(send, status, body, request_id, with_body=scope["method"] != "HEAD")
         except GatewayError as error:
             await respond_with_error(scope, send, error, request_id=request_id, anthropic=anthropic)
-            _log(scope, request_id, "-", error.status, 0, began, error.code)
+            _log(scope, request_id, model, error.status, 0, began, error.code)
 
     async def _forward(
         self, route: Forward, scope: Scope, receive: Receive, send: Send, request_id: bytes, began: float

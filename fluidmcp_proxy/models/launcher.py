@@ -13,7 +13,7 @@ from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.settings import child_environment
 from fluidmcp_proxy.models.supervisor import CannotStart
 from fluidmcp_proxy.process.group import CommandError, ProcessGroup, open_process_group
-from fluidmcp_proxy.process.listener import port_is_free
+from fluidmcp_proxy.process.listener import can_verify, port_is_free, resolve, verified_address
 from fluidmcp_proxy.process.output import Output
 from fluidmcp_proxy.upstream.client import Address
 
@@ -29,8 +29,8 @@ class ProcessLauncher:
         self._lock_fd = lock_fd
 
     def tail(self, lines: int) -> list[str]:
-        """The last lines of output, secrets redacted."""
-        return self._output.tail(lines)
+        """The last lines of the last launch's output, secrets redacted."""
+        return self._output.tail(lines, of_this_launch=True)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[_Process]:
@@ -42,6 +42,7 @@ class ProcessLauncher:
         model = self._model
         await self._refuse_taken_port()
         assert model.command is not None
+        self._output.begin()
         try:
             group = open_process_group(
                 [model.command, *model.args],
@@ -77,8 +78,16 @@ class _Process:
         return str(await self._group.wait())
 
     async def listening(self) -> Address | None:
-        """The configured address once a process of this tree listens there; localhost becomes the one that was
-        verified."""
+        """The configured address once this tree listens there, a name replaced by the address that was verified."""
+        endpoint = _endpoint(self._model)
+        if not (self._model.verify_listener and can_verify()):
+            taken = not await port_is_free(endpoint.host, endpoint.port)
+            return _at(self._model, endpoint.host) if taken else None
+        addresses = await resolve(endpoint.host)
+        host, is_strangers = verified_address(endpoint.port, addresses, self._group.pids())
+        if is_strangers:
+            raise _port_in_use(self._model)
+        return None if host is None else _at(self._model, host)
 
 
 def _endpoint(model: ModelConfig) -> Endpoint:

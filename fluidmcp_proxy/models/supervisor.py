@@ -152,7 +152,8 @@ class Supervisor:
     def close(self) -> None:
         """Stop for good: waiters are refused, and ``run()`` returns once the model is stopped."""
         self._closing = True
-        self.request_stop()
+        self._wanted = self._again = False
+        self._wake()
 
     async def ready(self) -> Transport:
         """Wait until the model is ready and return the way to it.
@@ -318,7 +319,8 @@ class Supervisor:
 
     def _break_down(self, fault: Exception) -> None:
         self._wanted, self.transport = False, None
-        message = f"LLM model '{self.config.id}' is lost by a fault of the gateway: {type(fault).__name__}"
+        name = type(fault).__name__
+        message = f"LLM model '{self.config.id}' is lost by a fault of the gateway ({name}), told in its log"
         self._status = replace(self._status, state=ModelState.FAILED, since=time.time(), pid=None, message=message)
         self._wake()
 

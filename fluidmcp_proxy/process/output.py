@@ -45,12 +45,20 @@ class Output:
         self._file = None if path is None else _File(path)
         self._rest = b""
         self._overlong = False  # the rest of a line is being dropped
+        self._fresh = 0  # lines since the last launch
         self._drained = anyio.Event()
 
-    def tail(self, lines: int) -> list[str]:
+    def begin(self) -> None:
+        """Another launch begins: ``tail(…, of_this_launch=True)`` has no line of an earlier one."""
+        self._fresh = 0
+
+    def tail(self, lines: int, *, of_this_launch: bool = False) -> list[str]:
         """The last ``lines`` lines, at most ``MAX_LINES``, the one that is being written included."""
         unfinished = self._shown([self._rest]) if self._rest else []
-        return [*self._lines, *unfinished][-lines:] if lines > 0 else []
+        kept = list(self._lines)
+        if of_this_launch:
+            kept = kept[max(0, len(kept) - self._fresh) :]
+        return [*kept, *unfinished][-lines:] if lines > 0 else []
 
     async def drain(self, stream: ByteReceiveStream) -> None:
         """Take everything from ``stream`` until it ends; what follows its last line end counts as a line."""
@@ -94,6 +102,7 @@ class Output:
     def _add(self, lines: list[bytes]) -> None:
         shown = self._shown(lines)
         self._lines.extend(shown)
+        self._fresh += len(shown)
         if self._file is not None and shown:
             self._file.write("\n".join(shown))
 
