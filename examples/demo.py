@@ -117,8 +117,8 @@ def gateway(python: str, configuration: Path, port: int) -> Iterator[subprocess.
 
     In a process group of its own: a Ctrl-C is for this program, which then asks the gateway once, and waits for it.
     """
-    command = [python, "-m", "fluidmcp_proxy", "run", str(configuration), "--port", str(port)]
-    say(f"\n$ fluidmcp run {configuration} --port {port}")
+    command = [python, "-m", "fluidmcp_proxy", "run", str(configuration), "--port", str(port), "--log-level", "warning"]
+    say("\n$ fluidmcp " + " ".join(command[3:]))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_end_with_parent)
     try:
         yield process
@@ -173,7 +173,7 @@ def get(port: int, path: str) -> dict[str, Any]:
 
 def ask(port: int, question: str) -> Iterator[str]:
     """The pieces of the answer, as they come."""
-    body = {"model": "smol", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 200}
+    body = {"model": "smol", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 60}
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=300)) as connection:
         headers = {"Content-Type": "application/json"}
         connection.request("POST", "/smol/v1/chat/completions", json.dumps(body | {"stream": True}), headers)
