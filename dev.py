@@ -1,12 +1,12 @@
-"""All the set-up there is: `python3 dev.py demo` and `python3 dev.py test`. Any nox session works in their place.
+"""All the set-up there is: `python3 dev.py demo` and `python3 dev.py test`; any nox session works in their place.
 
-Needs a Python ≥ 3.11 with `venv` and nothing else. Makes one environment with nox in it, under `.cache/`; nox makes the rest.
+Needs a Python ≥ 3.11 with `venv` and nothing else. Makes one environment with nox in it, under `.cache/`; nox makes
+the rest.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".cache" / f"nox-{sys.version_info.major}.{sys.version_info.minor}"
 NOX = "nox==2026.10.20"
-USAGE = """usage: python3 dev.py demo [--once] [--stub]   a real model answers through the gateway, on this machine's CPU
+USAGE = """usage: python3 dev.py demo [--once] [--stub]   a real model answers through the gateway, on the CPU
        python3 dev.py test                     everything that CI checks
        python3 dev.py list                     the sessions there are
        python3 dev.py SESSION … [-- ARGS]      some of them"""
@@ -51,7 +51,8 @@ def test() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if sys.version_info < (3, 11):
+    """Run what was asked for."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - run by whatever Python is there
         print("dev.py needs Python 3.11 or newer; this is", sys.version.split()[0], file=sys.stderr)
         return 2
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
         command = ["-s", "demo", "--", *arguments[1:]]
     else:
         command = ["-s", *arguments]
-    os.execv(nox(), ["nox", "-f", str(ROOT / "noxfile.py"), *command])
+    return subprocess.run([nox(), "-f", ROOT / "noxfile.py", *command], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -27,9 +27,14 @@ def interpreters() -> list[str]:
         pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
         for candidate in (shutil.which(f"python{version}"), *pyenv):
             # A shim of pyenv can be there without the Python behind it.
-            if candidate and subprocess.run([candidate, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
+            if candidate and _runs(candidate):
                 found.setdefault(version, str(candidate))
     return [found[version] for version in SUPPORTED if version in found]
+
+
+def _runs(python: str | Path) -> bool:
+    command = [python, "-c", "import venv, ensurepip"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def group(name: str) -> list[str]:

@@ -243,7 +243,7 @@ class Protocol(asyncio.StreamReaderProtocol):
             self.work.cancel()
 
 
-class CutShort(Exception):  # noqa: N818 - not an error
+class CutShort(Exception):
     """The connection was closed in the middle of an answer, on purpose."""
 
 

@@ -69,9 +69,9 @@ def stub(*arguments: str, ready: bool = True) -> Iterator[int]:
 
 @contextlib.contextmanager
 def serving(app: Any, server: str = "uvicorn-httptools") -> Iterator[int]:
-    """``app`` under a real server in a thread: ``uvicorn-h11``, ``uvicorn-httptools`` or ``hypercorn``; yields its port."""
+    """``app`` under ``uvicorn-h11``, ``uvicorn-httptools`` or ``hypercorn`` in a thread; yields its port."""
     name, _, parser = server.partition("-")
-    with (_uvicorn(app, parser) if name == "uvicorn" else _hypercorn(app)) as port:
+    with _uvicorn(app, parser) if name == "uvicorn" else _hypercorn(app) as port:
         yield port
 
 
@@ -79,7 +79,7 @@ def serving(app: Any, server: str = "uvicorn-httptools") -> Iterator[int]:
 def _uvicorn(app: Any, parser: str) -> Iterator[int]:
     config = uvicorn.Config(
         app,
-        http=parser,  # type: ignore[arg-type]
+        http=parser,
         log_level="critical",
         lifespan="on",
         timeout_graceful_shutdown=5,

@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def launched(tmp_path: Path) -> Any:
         args = ["-S", "-E", str(STUB), "serve", "m", "--port", str(port), *arguments]
         entry = {"command": sys.executable, "args": args, "restart_delay": 0.01, "stop_timeout": 5, **keys}
         entry["endpoints"] = {"base_url": f"http://localhost:{port}/v1"}
-        gateway = {"log_dir": str(tmp_path / "log"), "runtime_dir": str(tmp_path / "run"), "drain_timeout": drain_timeout}
+        folders = {"log_dir": str(tmp_path / "log"), "runtime_dir": str(tmp_path / "run")}
+        gateway = {**folders, "drain_timeout": drain_timeout}
         return Gateway(parse_config({"llmModels": {"m": entry}, "gateway": gateway}, environ={"PATH": "/usr/bin:/bin"}))
 
     return make
@@ -106,11 +108,10 @@ def test_a_crash_under_load_is_visible_and_the_next_request_waits_for_the_restar
             assert next(lines).startswith("data: ")
             killer = threading.Thread(target=send_and_forget, args=(url(port, "/m/v1/chat/completions"), crash))
             killer.start()
+            seen: deque[str] = deque()
             with pytest.raises(httpx.RemoteProtocolError):
-                for line in lines:
-                    if line:
-                        last = line
-            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "upstream_disconnected"
+                seen.extend(filter(None, lines))
+            assert json.loads(seen[-1].removeprefix("data: "))["error"]["code"] == "upstream_disconnected"
         killer.join(DEADLINE)
         assert client.get(url(port, "/m/v1/models")).status_code == 200
         assert client.get(url(port, "/models/m")).json()["spawns"] == 2
@@ -154,10 +155,12 @@ def test_a_stream_that_outlasts_the_drain_is_cut_visibly(launched: Any) -> None:
 def test_a_stream_that_ends_in_the_drain_is_whole(launched: Any) -> None:
     body = {"model": "m", "messages": [], "stream": True, "max_tokens": 30, "stub": {"token-interval": 0.01}}
     gateway = launched()
-    with serving(gateway) as port:
-        with httpx.stream("POST", url(port, "/m/v1/chat/completions"), json=body, timeout=DEADLINE) as answer:
-            chunks = answer.iter_raw()
-            received = next(chunks)
-            gateway.begin_shutdown()
-            received += b"".join(chunks)
+    with (
+        serving(gateway) as port,
+        httpx.stream("POST", url(port, "/m/v1/chat/completions"), json=body, timeout=DEADLINE) as answer,
+    ):
+        chunks = answer.iter_raw()
+        received = next(chunks)
+        gateway.begin_shutdown()
+        received += b"".join(chunks)
     assert received.endswith(b"data: [DONE]\n\n")

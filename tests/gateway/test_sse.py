@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -57,7 +58,7 @@ def test_no_byte_is_lost_and_every_piece_ends_at_a_boundary(data: bytes, cuts: l
     data = re.sub(rb"[^\r\n]", b"d", data)  # mostly line ends
     edges = [0, *sorted(cuts), len(data)]
     splitter = EventSplitter()
-    pieces = [splitter.feed(data[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [splitter.feed(data[a:b]) for a, b in pairwise(edges)]
     assert all(piece.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) for piece in pieces if piece)
     assert b"".join(pieces) + splitter.rest() == data
 

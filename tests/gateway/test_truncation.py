@@ -1,6 +1,7 @@
 """A truncated answer never looks finished, whatever stands between the gateway and the client.
 
-Judged on the raw bytes: the last chunk of a chunked body (``0\\r\\n\\r\\n``) says "this was all", so it must be missing.
+Judged on the raw bytes: the last chunk of a chunked body (``0\\r\\n\\r\\n``) says "this was all", so it must be
+missing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tests.gateway.conftest import remote
 from tests.serving import answers, raw_exchange, serving
 
 LAST_CHUNK = b"0\r\n\r\n"
+CHAT = "/m/v1/chat/completions"
 
 
 def mounted(gateway: Gateway) -> Any:
@@ -50,7 +52,8 @@ def port(request: pytest.FixtureRequest, upstream: int, server: str) -> Iterator
         yield port
 
 
-def ask(port: int, path: str = "/m/v1/chat/completions", headers: str = "", **stub: Any) -> tuple[bytes, bytes, bool]:
+def ask(port: int, path: str = CHAT, headers: str = "", **knobs: Any) -> tuple[bytes, bytes, bool]:
+    stub = {name.replace("_", "-"): value for name, value in knobs.items()}
     body = json.dumps(
         {"model": "m", "max_tokens": 20, "stream": True, "messages": [{"role": "user", "content": "hi"}], "stub": stub}
     ).encode()
@@ -85,7 +88,7 @@ def test_a_whole_stream_ends_cleanly(port: int) -> None:
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize("cut_after", [1, 150, 700])
 def test_a_cut_stream(port: int, cut_after: int, how: str) -> None:
-    head, body, _ = ask(port, **{"cut-after": cut_after, "cut-how": how})
+    head, body, _ = ask(port, cut_after=cut_after, cut_how=how)
     assert b" 200 " in head
     assert not body.endswith(LAST_CHUNK)
     events = unchunked(body)
@@ -98,7 +101,7 @@ def test_a_cut_stream(port: int, cut_after: int, how: str) -> None:
 
 
 def test_anthropics_stream_gets_anthropics_event(port: int) -> None:
-    _, body, _ = ask(port, "/m/v1/messages", **{"cut-after": 300})
+    _, body, _ = ask(port, "/m/v1/messages", cut_after=300)
     last = unchunked(body).rstrip(b"\n").rsplit(b"\n\n", 1)[-1]
     kind, data = last.split(b"\n")
     assert kind == b"event: error"
@@ -107,7 +110,7 @@ def test_anthropics_stream_gets_anthropics_event(port: int) -> None:
 
 
 def test_a_compressed_stream_is_aborted_without_an_event(port: int) -> None:
-    head, body, _ = ask(port, headers="x-stub-response-header: content-encoding: gzip\r\n", **{"cut-after": 300})
+    head, body, _ = ask(port, headers="x-stub-response-header: content-encoding: gzip\r\n", cut_after=300)
     assert b" 200 " in head
     assert not body.endswith(LAST_CHUNK)
     assert b"upstream_disconnected" not in body

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,14 @@ def test_middleware_around_an_app_without_lifespan(upstream: int) -> None:
 # The lifespan protocol
 
 
+class Broken(AbstractAsyncContextManager[None]):
+    async def __aenter__(self) -> None:
+        raise FluidMCPError("mend this")
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        raise AssertionError("never entered")
+
+
 async def speak(app: Callable[..., Awaitable[None]]) -> list[Message]:
     """What an app says when a server starts it and shuts it down."""
     said: list[Message] = []
@@ -165,12 +173,7 @@ async def speak(app: Callable[..., Awaitable[None]]) -> list[Message]:
 
 @pytest.mark.anyio
 async def test_what_the_user_can_mend_is_one_line() -> None:
-    @asynccontextmanager
-    async def broken() -> AsyncIterator[None]:
-        raise FluidMCPError("mend this")
-        yield
-
-    said = await speak(lambda receive, send: serve_lifespan(broken(), receive, send))
+    said = await speak(lambda receive, send: serve_lifespan(Broken(), receive, send))
     assert said == [{"type": "lifespan.startup.failed", "message": "mend this"}]
 
 
@@ -200,15 +203,10 @@ async def test_the_hosts_last_word_waits_for_the_models_end(word: str) -> None:
 
 @pytest.mark.anyio
 async def test_a_gateway_that_cannot_start_fails_the_hosts_start() -> None:
-    @asynccontextmanager
-    async def broken() -> AsyncIterator[None]:
-        raise FluidMCPError("mend this")
-        yield
-
     async def app(scope: Message, receive: Any, send: Any) -> None:
         raise AssertionError("the host must not start")
 
-    said = await speak(lambda receive, send: surround_lifespan(broken(), app, {"type": "lifespan"}, receive, send))
+    said = await speak(lambda receive, send: surround_lifespan(Broken(), app, {"type": "lifespan"}, receive, send))
     assert said == [{"type": "lifespan.startup.failed", "message": "mend this"}]
 
 

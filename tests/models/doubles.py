@@ -29,7 +29,7 @@ class FakeResponse:
         self.headers: list[tuple[bytes, bytes]] = []
 
     @property
-    async def body(self) -> AsyncIterator[bytes]:  # type: ignore[misc]
+    async def body(self) -> AsyncIterator[bytes]:
         yield b"{}"
 
 
@@ -47,7 +47,7 @@ class FakeTransport:
     ) -> AsyncIterator[Response]:
         self.asked.append(target)
         await anyio.lowlevel.checkpoint()
-        yield FakeResponse(self.status())  # type: ignore[misc]
+        yield FakeResponse(self.status())
 
     async def aclose(self) -> None:
         self.closed = True
@@ -113,7 +113,9 @@ class FakeLauncher:
 class Rig:
     """A supervisor among doubles, running."""
 
-    def __init__(self, launcher: FakeLauncher | None = None, transport: FakeTransport | None = None, **keys: Any) -> None:
+    def __init__(
+        self, launcher: FakeLauncher | None = None, transport: FakeTransport | None = None, **keys: Any
+    ) -> None:
         self.launcher = launcher or FakeLauncher()
         self.transport = transport or FakeTransport()
         self.drained = 0

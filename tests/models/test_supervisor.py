@@ -135,9 +135,7 @@ async def test_a_command_that_cannot_run_fails_at_once() -> None:
     async with running(Rig(launcher)) as rig:
         rig.supervisor.request_start()
         await rig.until("failed")
-        assert rig.supervisor.status.message == (
-            "Failed to start LLM model 'm': command 'vllm' not found on PATH"
-        )
+        assert rig.supervisor.status.message == ("Failed to start LLM model 'm': command 'vllm' not found on PATH")
         launcher.refusal = None
         rig.supervisor.request_start()
         await rig.until("ready")
