@@ -13,7 +13,8 @@ from .secrets import secret_arguments
 
 _DEV_MODE = "VLLM_SERVER_DEV_MODE"
 _LAUNCH_ONLY = (
-    "startup_timeout", "stop_timeout", "restart_policy", "max_restarts", "restart_delay", "verify_listener"
+    "startup_timeout", "stop_timeout", "restart_policy", "max_restarts", "restart_delay", "liveness", "stall_timeout",
+    "verify_listener"
 )  # fmt: skip
 
 

@@ -140,6 +140,16 @@ class ModelOptions(_Frozen):
     restart_delay: Annotated[float, Field(ge=0, le=60)] = Field(
         1.0, description="Seconds before the first restart; doubled each time, at most 60."
     )
+    liveness: bool = Field(
+        False,
+        description="Restart a server that has requests inside and makes no progress for stall_timeout seconds.",
+    )
+    stall_timeout: _PositiveSeconds = Field(
+        300.0,
+        description=(
+            "Seconds without a byte of any answer and without a step of vLLM's engine; looked at only with liveness."
+        ),
+    )
     verify_listener: bool = Field(
         True,
         description=(
@@ -215,8 +225,6 @@ class ModelConfig(ModelOptions):
     )
     endpoint: Endpoint | None = Field(None, description="Where the server listens.")
     readiness_path: str = Field("/health", description="Path polled on the server's root.")
-    liveness: bool = Field(False, description="Whether a server without progress is restarted.")
-    stall_timeout: float = Field(300.0, description="Seconds without progress that count as a stall.")
     api_key: SecretStr | None = Field(None, description="Key that the gateway sends to the server.")
     served_names: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="Names under which the server serves the model, as far as its arguments say."

@@ -153,9 +153,9 @@ class Gateway:
         try:
             await relay.run()
         except AnswerTruncated:
-            _log(scope, request_id, route.model, relay.status, relay.sent, began, relay.outcome)
+            _log(scope, request_id, route.model, relay.status, lease.bytes_answered, began, relay.outcome)
             raise
-        _log(scope, request_id, route.model, relay.status, relay.sent, began, relay.outcome)
+        _log(scope, request_id, route.model, relay.status, lease.bytes_answered, began, relay.outcome)
 
     def _outgoing(self, route: Forward, scope: Scope, request_id: bytes) -> Outgoing:
         client = scope.get("client")

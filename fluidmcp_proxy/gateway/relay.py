@@ -44,11 +44,11 @@ class Outgoing:
 class Relay:
     """The way of one request. After ``run()`` its counters say how it went.
 
-    ``status`` is that of the answer once it has begun, ``sent`` the bytes of its body, ``outcome`` one of ``complete``,
-    ``client_left``, ``upstream_died`` and ``cut``.
+    ``status`` is that of the answer once it has begun, ``outcome`` one of ``complete``, ``client_left``,
+    ``upstream_died`` and ``cut``. The bytes of the answer's body are counted in the lease.
     """
 
-    __slots__ = ("_body", "_error", "_events", "_lease", "_outgoing", "_send", "outcome", "sent", "status")
+    __slots__ = ("_body", "_error", "_events", "_lease", "_outgoing", "_send", "outcome", "status")
 
     def __init__(self, outgoing: Outgoing, body: RequestBody, lease: Lease, send: Send) -> None:
         self._outgoing = outgoing
@@ -58,7 +58,6 @@ class Relay:
         self._events: EventSplitter | None = None
         self._error: GatewayError | None = None
         self.status = 0
-        self.sent = 0
         self.outcome = "client_left"
 
     async def run(self) -> None:
@@ -110,26 +109,26 @@ class Relay:
                 await anyio.sleep(0.05)
 
     async def _answer(self, answer: Response) -> None:
-        send, self.status = self._send, answer.status
+        send, lease, self.status = self._send, self._lease, answer.status
         headers = response_headers(answer.headers, request_id=self._outgoing.request_id)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         if is_event_stream(answer.headers):
             await self._pass_events(answer)
         else:
             async for chunk in answer.body:
-                self.sent += len(chunk)
+                lease.bytes_answered += len(chunk)
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pass_events(self, answer: Response) -> None:
-        send = self._send
+        send, lease = self._send, self._lease
         events = self._events = EventSplitter()
         async for chunk in answer.body:
             if ready := events.feed(chunk):
-                self.sent += len(ready)
+                lease.bytes_answered += len(ready)
                 await send({"type": "http.response.body", "body": ready, "more_body": True})
         if rest := events.rest():
-            self.sent += len(rest)
+            lease.bytes_answered += len(rest)
             await send({"type": "http.response.body", "body": rest, "more_body": True})
 
     async def _tell(self, error: GatewayError) -> None:

@@ -16,6 +16,7 @@ import anyio
 from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig
 from fluidmcp_proxy.errors import ungrouped
 from fluidmcp_proxy.models.launcher import ProcessLauncher
+from fluidmcp_proxy.models.liveness import until_stalled
 from fluidmcp_proxy.models.remote import RemoteServer
 from fluidmcp_proxy.models.scheduler import Scheduler
 from fluidmcp_proxy.models.supervisor import Supervisor
@@ -91,7 +92,15 @@ def _server(
     if model.command is None:
         return RemoteServer(model, address_of(model), connect(address_of(model)), drain=drain)
     output = Output(config.settings.log_dir / f"{model.id}.log", secrets=model.secrets)
-    return Supervisor(model, ProcessLauncher(model, output, lock), connect=connect, drain=drain)
+    stalled = partial(
+        until_stalled,
+        address=address_of(model),
+        in_flight=partial(scheduler.in_flight, model.id),
+        progress=partial(scheduler.progress, model.id),
+        stall_timeout=model.stall_timeout,
+    )
+    launcher = ProcessLauncher(model, output, lock)
+    return Supervisor(model, launcher, connect=connect, drain=drain, until_stalled=stalled if model.liveness else None)
 
 
 def _connect(model: ModelConfig, address: Address) -> Transport:

@@ -45,11 +45,12 @@ class Server(Protocol):
 class _Desk:
     """The counters of one model, and the leases inside."""
 
-    __slots__ = ("emptied", "leases", "server", "waiting")
+    __slots__ = ("emptied", "leases", "progress", "server", "waiting")
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self.waiting = 0
+        self.progress = 0  # bytes answered and requests ended by leases that are over
         self.leases: set[Lease] = set()
         self.emptied: anyio.Event | None = None
 
@@ -58,10 +59,11 @@ class Lease:
     """A request's hold on a model, from before it waits for the model to the last byte: ``async with`` gives the
     transport.
 
-    ``interrupt`` is called when the request is cut short because its model is being stopped; the holder sets it.
+    The holder sets ``interrupt``, which is called when the request is cut short because its model is being stopped, and
+    counts ``bytes_answered``, by which liveness sees that the server works.
     """
 
-    __slots__ = ("_desk", "_limit", "interrupt", "was_cut")
+    __slots__ = ("_desk", "_limit", "bytes_answered", "interrupt", "was_cut")
 
     def __init__(self, desk: _Desk, wait: float | None) -> None:
         self._desk = desk
@@ -69,6 +71,7 @@ class Lease:
         self._limit = limit if wait is None else min(limit, wait)
         self.interrupt: Callable[[], None] | None = None
         self.was_cut = False
+        self.bytes_answered = 0
 
     async def __aenter__(self) -> Transport:
         desk = self._desk
@@ -86,6 +89,7 @@ class Lease:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._desk.leases.discard(self)
+        self._desk.progress += self.bytes_answered + 1
         if not self._desk.leases and self._desk.emptied is not None:
             self._desk.emptied.set()
 
@@ -138,6 +142,11 @@ class Scheduler:
     def in_flight(self, model: str) -> int:
         """Requests inside the model's server."""
         return len(self._desks[model].leases)
+
+    def progress(self, model: str) -> int:
+        """A number that grows with every byte that ``model`` answers and every request that it ends."""
+        desk = self._desks[model]
+        return desk.progress + sum(lease.bytes_answered for lease in desk.leases)
 
     def waiting(self, model: str) -> int:
         """Requests that wait for the model."""

@@ -93,12 +93,14 @@ class Supervisor:
         *,
         connect: Callable[[Address], Transport],
         drain: Callable[[], Awaitable[None]],
+        until_stalled: Callable[[Transport], Awaitable[None]] | None = None,
     ) -> None:
         self.config = config
         self.transport: Transport | None = None  # present exactly while ready
         self._launcher = launcher
         self._connect = connect
         self._drain = drain
+        self._until_stalled = until_stalled
         self._status = ModelStatus(id=config.id, state=ModelState.STOPPED, since=time.time())
         self._restarts = Restarts(config.restart_policy, config.max_restarts, config.restart_delay)
         self._wanted = False
@@ -255,7 +257,8 @@ class Supervisor:
             if transport is not None:
                 self.transport = transport
                 self._become(ModelState.READY)
-                await anyio.sleep_forever()
+                await self._stall(transport)
+                lose(_Failure("stalled", f"made no progress for {self.config.stall_timeout:g} s", started=True))
 
         if not self._wanted:
             self._become(ModelState.STOPPING)
@@ -273,6 +276,12 @@ class Supervisor:
         else:
             lose(_Failure("startup_timeout", f"not ready within startup_timeout ({limit:g} s)"))
         return None
+
+    async def _stall(self, transport: Transport) -> None:
+        if self._until_stalled is None:
+            await anyio.sleep_forever()
+        else:
+            await self._until_stalled(transport)
 
     async def _withdraw(self) -> None:
         """Between ready and the end of the tree: nothing new goes to the server, what is inside may finish.

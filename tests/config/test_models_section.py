@@ -169,7 +169,8 @@ def test_keys_of_a_model(refuse: Refuse, entry: Any, code: str, path: str) -> No
 
 @pytest.mark.parametrize(
     "name",
-    ["startup_timeout", "stop_timeout", "restart_delay", "queue_timeout", "connect_timeout", "first_byte_timeout",
+    ["startup_timeout", "stop_timeout", "stall_timeout", "restart_delay",
+     "queue_timeout", "connect_timeout", "first_byte_timeout",
      "stream_idle_timeout", "max_restarts"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", ["5", True, -1, float("nan"), float("inf"), [], {}, "${N}"])
@@ -181,7 +182,8 @@ def test_numbers_are_json_numbers(refuse: Refuse, name: str, value: Any) -> None
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("startup_timeout", 0), ("connect_timeout", 0), ("first_byte_timeout", 0), ("restart_delay", 61),
+        ("startup_timeout", 0), ("stall_timeout", 0), ("liveness", 1),
+        ("connect_timeout", 0), ("first_byte_timeout", 0), ("restart_delay", 61),
         ("startup_timeout", None), ("max_restarts", 1.5), ("max_restarts", None), ("restart_policy", "never"),
         ("restart_policy", True), ("restart_policy", None), ("verify_listener", "false"), ("verify_listener", 0),
         ("readiness_path", "health"), ("readiness_path", ""), ("readiness_path", "/a b"), ("readiness_path", "/a\n"),
@@ -230,7 +232,7 @@ def test_good_values() -> None:
         *(
             (one({**VLLM, later: 1}), f"llmModels.m.{later}", "")
             for later in ("aliases", "start", "idle_timeout", "group", "sleep", "max_concurrency", "max_queue",
-                          "replicas", "gpus", "affinity", "liveness", "stall_timeout")
+                          "replicas", "gpus", "affinity")
         ),
     ],
 )  # fmt: skip

@@ -122,6 +122,19 @@ def send_and_forget(target: str, body: dict[str, Any]) -> None:
         httpx.post(target, json=body, timeout=DEADLINE)
 
 
+def test_a_server_that_hangs_is_restarted(launched: Any) -> None:
+    """Healthy, but it generates nothing."""
+    body = {"model": "m", "messages": [], "stream": True, "max_tokens": 10, "stub": {"hang-after": 2}}
+    with serving(launched(liveness=True, stall_timeout=0.3)) as port:
+        with (
+            httpx.stream("POST", url(port, "/m/v1/chat/completions"), json=body, timeout=DEADLINE) as answer,
+            pytest.raises(httpx.TransportError),
+        ):
+            answer.read()
+        eventually(lambda: httpx.get(url(port, "/models/m")).json()["spawns"] == 2, "restarted")
+        assert httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE).status_code == 200
+
+
 def test_a_stream_that_outlasts_the_drain_is_cut_visibly(launched: Any) -> None:
     body = {"model": "m", "messages": [], "stream": True, "max_tokens": 100_000, "stub": {"token-interval": 0.01}}
     gateway = launched(drain_timeout=0.2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,14 +23,15 @@ def model(**keys: Any) -> ModelConfig:
 
 
 class FakeResponse:
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, content: bytes = b"{}") -> None:
         self.status = status
+        self.content = content
         self.reason = b""
         self.headers: list[tuple[bytes, bytes]] = []
 
     @property
     async def body(self) -> AsyncIterator[bytes]:
-        yield b"{}"
+        yield self.content
 
 
 class FakeTransport:
@@ -114,7 +115,11 @@ class Rig:
     """A supervisor among doubles, running."""
 
     def __init__(
-        self, launcher: FakeLauncher | None = None, transport: FakeTransport | None = None, **keys: Any
+        self,
+        launcher: FakeLauncher | None = None,
+        transport: FakeTransport | None = None,
+        until_stalled: Callable[[Any], Awaitable[None]] | None = None,
+        **keys: Any,
     ) -> None:
         self.launcher = launcher or FakeLauncher()
         self.transport = transport or FakeTransport()
@@ -124,6 +129,7 @@ class Rig:
             self.launcher,
             connect=lambda address: self.transport,
             drain=self._drain,
+            until_stalled=until_stalled,
         )
 
     async def _drain(self) -> None:
