@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import httpx
 
 from fluidmcp_proxy.upstream.as_httpx import HttpxFace
+from fluidmcp_proxy.upstream.over_httpx import OverHttpx
+from fluidmcp_proxy.upstream.transport import AsyncioTransport, is_asyncio
 
 __all__ = ["Address", "Body", "Headers", "Response", "Timeouts", "Transport", "open_client", "open_transport"]
 
@@ -116,14 +118,42 @@ def open_transport(
     keep_alive: float = 4.0,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Transport:
-    """Make the transport to ``address``; it connects when it is used.
+    """Make the transport to ``address``; it connects when it is used, and costs nothing before.
 
     ``keep_alive`` is for how many seconds an idle connection may be used again; it must be less than the server keeps
     it (uvicorn, hence vLLM: 5). A ``transport`` that is handed in is used through httpx's interface.
     """
-    from fluidmcp_proxy.upstream.over_httpx import OverHttpx
+    if transport is not None:
+        return OverHttpx(address, timeouts, keep_alive=keep_alive, transport=transport)
+    return _AtFirstUse(address, timeouts, keep_alive)
 
-    return OverHttpx(address, timeouts, keep_alive=keep_alive, transport=transport)
+
+class _AtFirstUse:
+    """The transport for the event loop that the first exchange finds itself on."""
+
+    __slots__ = ("_address", "_chosen", "_keep_alive", "_timeouts")
+
+    def __init__(self, address: Address, timeouts: Timeouts, keep_alive: float) -> None:
+        self._address = address
+        self._timeouts = timeouts
+        self._keep_alive = keep_alive
+        self._chosen: Transport | None = None
+
+    def __repr__(self) -> str:
+        return f"<transport to {self._address.url}, unused>" if self._chosen is None else repr(self._chosen)
+
+    def exchange(
+        self, method: bytes, target: bytes, headers: Headers, body: Body = None
+    ) -> AbstractAsyncContextManager[Response]:
+        return (self._chosen or self._choose()).exchange(method, target, headers, body)
+
+    async def aclose(self) -> None:
+        await (self._chosen or self._choose()).aclose()
+
+    def _choose(self) -> Transport:
+        kind = AsyncioTransport if is_asyncio() else OverHttpx
+        self._chosen = kind(self._address, self._timeouts, keep_alive=self._keep_alive)
+        return self._chosen
 
 
 def open_client(transport: Transport, address: Address) -> httpx.AsyncClient:

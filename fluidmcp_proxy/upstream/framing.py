@@ -13,7 +13,7 @@ from fluidmcp_proxy.errors import InvalidTarget
 if TYPE_CHECKING:
     from fluidmcp_proxy.upstream.client import Body, Headers
 
-__all__ = ["Framing", "frame"]
+__all__ = ["Framing", "encode_head", "frame"]
 
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch  # token, RFC 9110 §5.6.2
 # Methods whose requests state a length even when there is no content (RFC 9110 §8.6).
@@ -75,3 +75,14 @@ def _stated_length(headers: Headers) -> int | None:
         elif name == b"transfer-encoding":
             raise InvalidTarget("The transport frames the body itself; Transfer-Encoding is not forwarded.")
     return length
+
+
+def encode_head(method: bytes, target: bytes, headers: Headers) -> bytes:
+    """Return the request line and the headers as they go over the wire; raises InvalidTarget on an injected line."""
+    lines = [b"%b %b HTTP/1.1\r\n" % (method, target)]
+    lines += [b"%b: %b\r\n" % pair for pair in headers]
+    lines.append(b"\r\n")
+    head = b"".join(lines)
+    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
+        raise InvalidTarget("A header of the request has a line break or a NUL.")
+    return head

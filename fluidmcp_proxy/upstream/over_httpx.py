@@ -6,6 +6,7 @@ proxies, redirects, decompression or normalised paths.
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OverHttpx"]
 
+_HUNG_UP = re.compile("disconnected|closed connection").search
+_VERSIONS = (b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2", b"HTTP/3")
 # A TLS peer that does not say goodbye is not waited for.
 _CLOSE_DEADLINE = 1.0
 
@@ -125,9 +128,9 @@ class _Exchange:
     async def __aenter__(self) -> _Answer:
         with _ours():
             response = self._response = await self._transport.handle_async_request(self._request)
-        if not 200 <= response.status_code <= 999:
+        if _is_nonsense(response):
             await self.__aexit__(None, None, None)
-            raise UpstreamInvalidResponse(f"The model's server answered with status {response.status_code}.")
+            raise UpstreamInvalidResponse("The model's server did not answer in HTTP/1.1.")
         self._timeout["read"] = self._idle
         assert isinstance(response.stream, httpx.AsyncByteStream)
         self._body = _Body(response.stream)
@@ -142,6 +145,15 @@ class _Exchange:
             if self._body is not None:
                 await self._body.aclose()
             await self._response.aclose()
+
+
+def _is_nonsense(response: httpx.Response) -> bool:
+    """What h11 lets through: an odd version, and two ways to say how long the body is (RFC 9112 §6.3)."""
+    return (
+        response.status_code < 200
+        or response.extensions.get("http_version", b"HTTP/1.1") not in _VERSIONS
+        or ("content-length" in response.headers and "transfer-encoding" in response.headers)
+    )
 
 
 class _Answer:
@@ -182,8 +194,8 @@ class _Body:
 def _ours() -> Iterator[None]:
     try:
         yield
-    except StopAsyncIteration:
-        raise
+    except UnicodeError as error:  # a host name that is none, on trio
+        raise UpstreamUnavailable("The model's server cannot be reached.") from error
     except (httpx.HTTPError, httpx.StreamError, OSError) as error:
         raise _translate(error) from error
 
@@ -194,7 +206,7 @@ def _translate(error: Exception) -> UpstreamError | InvalidTarget:
             return UpstreamUnavailable("The model's server cannot be reached.")
         case httpx.TimeoutException():
             return UpstreamTimeout("The model's server did not answer in time.")
-        case httpx.RemoteProtocolError() if "disconnected" not in str(error) and "peer closed" not in str(error):
+        case httpx.RemoteProtocolError() if not _HUNG_UP(str(error)):
             # httpcore has one class for nonsense and for a connection that ends too early.
             return UpstreamInvalidResponse("The model's server did not answer in HTTP/1.1.")
         case httpx.LocalProtocolError():
