@@ -1,0 +1,75 @@
+"""Processes counted from outside: by a marker in the environment that they were started with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+from tests.serving import STUB, eventually
+
+STUB_COMMAND = [sys.executable, "-S", "-E", str(STUB), "serve", "m"]
+GUARDIAN = b"guardian.py"
+
+
+class Mark:
+    """A variable that every process of one test has in its environment, however it was forked."""
+
+    def __init__(self) -> None:
+        self.value = secrets.token_hex(8)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {"PATH": os.environ["PATH"], "FAULT_TEST": self.value, **more}
+
+    def pids(self) -> set[int]:
+        return {pid for pid in everyone() if self.value.encode() in content(pid, "environ")}
+
+    def count(self) -> int:
+        return len(self.pids())
+
+    def wait_for(self, number: int) -> set[int]:
+        """Wait until exactly that many are alive."""
+        eventually(lambda: self.count() == number, f"{number} processes, not {self.count()}")
+        return self.pids()
+
+    def kill(self) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def everyone() -> list[int]:
+    """Every process that is no zombie."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and is_alive(int(name))]
+
+
+def content(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def stat(pid: int) -> list[bytes]:
+    """The fields of ``/proc/PID/stat`` from the state on; empty if there is no such process."""
+    return content(pid, "stat").rpartition(b")")[2].split()
+
+
+def is_alive(pid: int) -> bool:
+    fields = stat(pid)
+    return bool(fields) and fields[0] not in (b"Z", b"X")
+
+
+def guardians(parent: int) -> list[int]:
+    """The guardians that ``parent`` has started."""
+    found = [pid for pid in everyone() if GUARDIAN in content(pid, "cmdline")]
+    return [pid for pid in found if (fields := stat(pid)) and int(fields[1]) == parent]
+
+
+def children(parent: int) -> list[int]:
+    """Its children, zombies included."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in pids if (fields := stat(pid)) and int(fields[1]) == parent]
