@@ -137,8 +137,9 @@ class AsyncioTransport:
 
     def _expires(self, connection: Connection) -> float:
         limit = self._keep_alive
-        if connection.keep_alive is not None:
-            limit = min(limit, connection.keep_alive - 1.0)
+        said = connection.answer.keep_alive
+        if said is not None:
+            limit = min(limit, said - 1.0)  # a second for what is under way
         return connection.idle_since + limit
 
     def _close_expired(self) -> None:
@@ -193,17 +194,18 @@ class _Exchange:
     async def __aenter__(self) -> _Exchange:
         connection = self._transport.take_idle() or await self._transport.connect()
         self._connection = connection
-        connection.begin(self._head_only)
+        answer = connection.answer
         try:
             self._send(connection)
-            while not connection.head_done:
+            while not answer.head_done:
                 if connection.error is not None:
                     raise connection.error
                 await connection.wait()
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
-        self.status, self.reason, self.headers = connection.status, connection.reason, connection.headers
+        connection.disarm()
+        self.status, self.reason, self.headers = answer.status, answer.reason, answer.headers
         return self
 
     async def __aexit__(
@@ -226,36 +228,35 @@ class _Exchange:
         connection = self._connection
         if connection is None:
             raise StopAsyncIteration
-        if not connection.parts and not connection.complete and connection.error is None:
+        answer = connection.answer
+        if not answer.parts and not answer.complete and connection.error is None:
             connection.arm(self._transport.timeouts.idle)
-            while not connection.parts and not connection.complete and connection.error is None:
+            while not answer.parts and not answer.complete and connection.error is None:
                 await connection.wait()
             connection.disarm()
-        if connection.parts:
+        if answer.parts:
             return connection.take()
-        if connection.complete:
+        if answer.complete:
             raise StopAsyncIteration
         assert connection.error is not None
         raise connection.error
 
     def _send(self, connection: Connection) -> None:
         body = self._framing.body
-        if body is None:
-            connection.write(self._head)
-        elif isinstance(body, bytes) and len(body) <= _ONE_WRITE:
-            connection.write(self._head + body)
+        whole = body is None or (isinstance(body, bytes) and len(body) <= _ONE_WRITE)
+        connection.begin(head_only=self._head_only, uploading=not whole)
+        if whole:
+            connection.write(self._head + body if isinstance(body, bytes) else self._head)
+            connection.arm(self._transport.timeouts.first_byte)
         else:
             connection.write(self._head)
-            connection.begin_upload()
             self._upload = asyncio.create_task(self._stream_up(connection))
-            return
-        connection.arm(self._transport.timeouts.first_byte)
 
     async def _stream_up(self, connection: Connection) -> None:
         try:
             if await self._write_pieces(connection):
                 connection.end_upload()
-                if not connection.head_done:
+                if not connection.answer.head_done:
                     connection.arm(self._transport.timeouts.first_byte)
         except Exception as error:
             # Whatever the caller's own iterator raised is raised to the caller again.
@@ -268,7 +269,9 @@ class _Exchange:
         framing = self._framing
         async for piece in _pieces(framing.body):
             framing.count(len(piece))
-            if framing.chunked and piece:
+            if framing.chunked:
+                if not piece:
+                    continue  # it would be the last chunk
                 piece = b"%x\r\n%b\r\n" % (len(piece), piece)
             connection.write(piece)
             if not await connection.drain():
