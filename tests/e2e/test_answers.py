@@ -24,7 +24,7 @@ CASES: list[tuple[str, str, Any]] = [
     (
         "POST",
         "/v1/chat/completions",
-        {**CHAT, "logprobs": True, "top_logprobs": 3, "n": 2, "seed": 1, "temperature": 0.5},
+        {**CHAT, "logprobs": True, "top_logprobs": 3, "n": 2, "seed": 1, "max_tokens": 6},
     ),
     ("POST", "/v1/completions", {"model": "smol", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 40}),
     ("POST", "/v1/completions", {"model": "smol", "prompt": ["ü", "日本語"], "temperature": 0, "max_tokens": 12}),
@@ -116,7 +116,7 @@ def _emptied(value: Any) -> Any:
 
 def test_stream_arrives_as_it_is_generated(gateway: Gateway) -> None:
     """Each time some of the answer has come, vLLM is still at work on the rest."""
-    body = {**CHAT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {**CHAT, "max_tokens": 200, "ignore_eos": True, "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=120)
     connection.request("POST", "/smol/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()

@@ -9,15 +9,17 @@ import pytest
 
 from .vllm import Gateway, eventually
 
-LONG = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
+LENGTH = 900
+"""Tokens of each answer: ten seconds and more."""
+LONG = {"model": "smol", "prompt": "Once upon a time", "max_tokens": LENGTH, "ignore_eos": True}
 SOON = 5.0
-"""Seconds. It takes a fraction of one; left alone, the generation would go on for more than ten, and not be aborted."""
+"""Seconds. It takes 0.2 on a quiet machine."""
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "not-streamed"])
 @pytest.mark.parametrize("clients", [1, 8])
 def test_leaving_aborts_the_generation(gateway: Gateway, stream: bool, clients: int) -> None:
-    aborted = gateway.aborted()
+    before = gateway.generated()
     connections = [http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=120) for _ in range(clients)]
     for connection in connections:
         body = json.dumps(LONG | {"stream": stream})
@@ -27,8 +29,7 @@ def test_leaving_aborts_the_generation(gateway: Gateway, stream: bool, clients: 
             assert connection.getresponse().readline().startswith(b"data: {")
     eventually(lambda: gateway.running() == clients, "vLLM works for all of them", 30)
     for connection in connections:
-        connection.sock.close() if connection.sock else None
         connection.close()
     eventually(lambda: gateway.running() == 0, "vLLM works for none of them", SOON)
-    eventually(lambda: gateway.aborted() == aborted + clients, "all of them were aborted", SOON)
+    assert gateway.generated() - before < clients * LENGTH, "all were finished, not aborted"
     eventually(lambda: gateway.state()["in_flight"] == 0, "the gateway has forgotten them, too", SOON)

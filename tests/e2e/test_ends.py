@@ -52,7 +52,11 @@ def test_killed_gateway_leaves_nothing(gateway: Gateway) -> None:
 def test_ending_while_loading_leaves_nothing(runner: Runner, signum: signal.Signals) -> None:
     """In the middle of the start, when some of vLLM's processes are there and do not listen to each other yet."""
     gateway = runner.start("run")
-    loading = gateway.model_processes
-    eventually(lambda: any("EngineCore" in process.title() for process in loading()), "the engine starts", 120)
+
+    def has_engine() -> bool:
+        assert gateway.process.poll() is None, f"the gateway ended:\n{gateway.tail()}"
+        return any("EngineCore" in process.title() for process in gateway.model_processes())
+
+    eventually(has_engine, "the engine starts", 120)
     assert request(gateway.port, "GET", "/ready").status == 503
     gateway.end(signum)

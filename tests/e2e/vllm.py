@@ -136,17 +136,17 @@ class Gateway:
         return found
 
     def metric(self, name: str) -> float:
-        """The sum of a metric of vLLM's own over its labels; ``name`` may hold labels to select by."""
+        """A metric of vLLM's own; it labels each with engine and model, of which there is one here."""
         text = request(self.vllm_port, "GET", "/metrics").body.decode()
-        label = name.partition("{")[2].rstrip("}")
-        lines = (line for line in text.splitlines() if line.startswith(name.partition("{")[0] + "{") and label in line)
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+        (value,) = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(name + "{")]
+        return float(value)
 
     def running(self) -> float:
         return self.metric("vllm:num_requests_running")
 
-    def aborted(self) -> float:
-        return self.metric('vllm:request_success_total{finished_reason="abort"}')
+    def generated(self) -> float:
+        """Tokens, in vLLM's whole life; it does not count the requests that it aborts for a client that has left."""
+        return self.metric("vllm:generation_tokens_total")
 
     def end(self, signum: signal.Signals) -> int:
         """Send the gateway a signal, wait until it and its model are gone, and return its exit status."""
