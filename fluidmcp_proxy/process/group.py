@@ -1,9 +1,9 @@
 """A program and everything that descends from it, as a scope: leaving it leaves nothing.
 
 The program is started by a guardian (``guardian.py``), which ends the tree when this scope is left and when the
-gateway goes without leaving it. Should the guardian be killed, the scope ends the tree itself.
+gateway goes without leaving it. Should the guardian be killed or hang, the scope ends the tree itself.
 
-Order on leaving, shielded from cancellation: the guardian's input is closed → SIGTERM and SIGCONT → ``stop_timeout``
+Order on leaving, shielded from cancellation: the guardian is told → SIGTERM and SIGCONT → ``stop_timeout``
 → SIGKILL until the tree is empty → the guardian exits → what was written is drained.
 """
 
@@ -16,17 +16,15 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import anyio
-from anyio.abc import ByteReceiveStream, Process
 
 from fluidmcp_proxy.errors import FluidMCPError, ungrouped
 from fluidmcp_proxy.process import tree
+from fluidmcp_proxy.process.guard import Guard
 from fluidmcp_proxy.process.output import Output
 
 __all__ = ["MARKER", "CommandError", "ExitStatus", "ProcessGroup", "open_process_group"]
@@ -36,7 +34,6 @@ logger = logging.getLogger("fluidmcp_proxy.process")
 MARKER = "FLUIDMCP_INTERNAL_TREE"
 """Variable whose value, made anew for each launch, marks every process of a tree."""
 
-_GUARDIAN = Path(__file__).with_name("guardian.py")
 _SWEEP_PERIOD = 0.02
 _DRAIN_PATIENCE = 2.0
 _PATIENCE = 5.0
@@ -58,7 +55,7 @@ class ExitStatus:
         if self.code is not None:
             return f"exited with code {self.code}"
         if self.signal is None:
-            return "was lost: its guardian was killed"
+            return "was lost: its guardian has ended"
         try:
             return f"was killed by {signal.Signals(self.signal).name}"
         except ValueError:
@@ -68,12 +65,14 @@ class ExitStatus:
 class ProcessGroup:
     """The running tree. ``pid`` is its head's."""
 
-    def __init__(self, guardian: Process, marker: str) -> None:
+    def __init__(self, guard: Guard, marker: str) -> None:
         self.pid = 0
-        self._guardian = guardian
+        self._guard = guard
         self._marker = marker
+        self._head: tree.Process | None = None
         self._started = anyio.Event()
         self._exited = anyio.Event()
+        self._over = anyio.Event()  # the guardian will say nothing more
         self._status = ExitStatus()
         self._exec_errno = 0
         self._is_empty = False
@@ -89,24 +88,31 @@ class ProcessGroup:
 
     def pids(self) -> frozenset[int]:
         """The processes of the tree now."""
-        return tree.descendants(self._guardian.pid)
+        return tree.descendants(self._guard.pid)
 
-    async def _listen(self, reports: ByteReceiveStream) -> None:
+    async def _attend(self, output: Output, until: anyio.CancelScope) -> None:
+        """Read what the guardian and its tree write; to the end, also when all around is being cancelled."""
+        with until:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._listen)
+                tasks.start_soon(output.drain, self._guard.output)
+
+    async def _listen(self) -> None:
         """Take the guardian's reports until it is gone."""
         rest = b""
-        try:
-            async for data in reports:
-                *lines, rest = (rest + data).split(b"\n")
+        with suppress(anyio.EndOfStream):
+            while True:
+                *lines, rest = (rest + await self._guard.reports.receive()).split(b"\n")
                 for line in lines:
                     self._take(json.loads(line))
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            pass
         self._started.set()
         self._exited.set()
+        self._over.set()
 
     def _take(self, report: dict[str, int]) -> None:
         if "pid" in report:
             self.pid = report["pid"]
+            self._head = tree.find(self.pid)
             self._started.set()
         elif "errno" in report:
             self._exec_errno = report["errno"]
@@ -119,27 +125,25 @@ class ProcessGroup:
             self._is_empty = True
 
     async def _end(self, stop_timeout: float) -> None:
-        """Have the guardian end the tree and go; do it here if the guardian is gone already."""
-        guardian = self._guardian
-        assert guardian.stdin is not None
-        await guardian.stdin.aclose()
+        """Have the guardian end the tree and go; do it here if the guardian is gone already, or hangs."""
+        self._guard.dismiss()
         with anyio.move_on_after(stop_timeout + _PATIENCE) as patience:
-            await guardian.wait()
+            await self._guard.gone()
         if patience.cancelled_caught:
-            logger.warning("the processes of %s do not end even when killed; waiting", self.pid)
-            await guardian.wait()
+            logger.warning("the processes of %s have not ended in time; killing them from here", self.pid)
+            self._guard.kill()
+            await self._guard.gone()
+        with anyio.move_on_after(_DRAIN_PATIENCE):
+            await self._over.wait()  # what it said last may not have been read yet
         if not self._is_empty:
             await self._sweep()
 
     async def _sweep(self) -> None:
         """Kill what a guardian that did not finish has left, until a look finds nothing."""
-        head = self.pid or None
-        while left := tree.members(head, self._marker):
+        while left := tree.members(self._head, self._marker):
             for process in left:
-                try:
+                with suppress(OSError):
                     os.kill(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             await anyio.sleep(_SWEEP_PERIOD)
 
 
@@ -160,35 +164,35 @@ async def open_process_group(
 
     Raises:
         CommandError: the command cannot be run.
+        OSError: this machine has no room for another process.
     """
     program = find_program(argv[0], env)
-    marker = f"{MARKER}={secrets.token_hex(16)}"
-    guardian = await _start_guardian(env, marker, lock_fd)
-    group = ProcessGroup(guardian, marker)
-    assert guardian.stdin is not None
-    assert guardian.stdout is not None
-    assert guardian.stderr is not None
-    order = {"program": program, "argv": list(argv), "env": _marked(env, marker), "stop_timeout": stop_timeout}
-    with ungrouped():
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(group._listen, guardian.stdout)
-            tasks.start_soon(output.drain, guardian.stderr)
-            try:
+    if any("\0" in text for text in argv):
+        raise CommandError(f"command '{argv[0]}' cannot be run: there is a null character in its arguments")
+    token = secrets.token_hex(16)
+    env = {**env, MARKER: token}
+    guard = Guard(env, lock_fd)
+    group = ProcessGroup(guard, f"{MARKER}={token}")
+    try:
+        with ungrouped():
+            async with anyio.create_task_group() as tasks:
+                attendance = anyio.CancelScope(shield=True)
+                tasks.start_soon(group._attend, output, attendance)
                 try:
-                    await guardian.stdin.send(json.dumps(order).encode() + b"\n")
-                except anyio.BrokenResourceError:
-                    pass  # it is gone, and that will be seen
-                await group._started.wait()
-                if group._exec_errno:
-                    raise _cannot_exec(argv[0], group._exec_errno)
-                yield group
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await group._end(stop_timeout)
-                    with anyio.move_on_after(_DRAIN_PATIENCE):
-                        await output.drained()
-                    await guardian.aclose()
-                tasks.cancel_scope.cancel()
+                    await guard.send(_order(program, argv, env, stop_timeout))
+                    await group._started.wait()
+                    if group._exec_errno:
+                        raise _cannot_exec(argv[0], group._exec_errno)
+                    yield group
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await group._end(stop_timeout)
+                        with anyio.move_on_after(_DRAIN_PATIENCE):
+                            await output.drained()
+                    attendance.cancel()
+    finally:
+        guard.dismiss()
+        guard.close()
 
 
 def find_program(command: str, env: Mapping[str, str]) -> str:
@@ -211,23 +215,19 @@ def find_program(command: str, env: Mapping[str, str]) -> str:
     return os.path.abspath(found)
 
 
-async def _start_guardian(env: Mapping[str, str], marker: str, lock_fd: int | None) -> Process:
-    """Start the guardian; shielded, since a spawn that is half cancelled would be nobody's."""
-    name, _, value = marker.partition("=")
-    own = {key: env[key] for key in ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if key in env}
-    with anyio.CancelScope(shield=True):
-        guardian = await anyio.open_process(
-            [sys.executable, "-I", "-S", str(_GUARDIAN)],
-            env={**own, name: value},
-            start_new_session=True,
-            pass_fds=() if lock_fd is None else (lock_fd,),
-        )
-    return guardian  # noqa: RET504 - a return inside the scope would hide that it may not happen
+def _order(program: str, argv: Sequence[str], env: Mapping[str, str], stop_timeout: float) -> bytes:
+    """A line for the guardian; bytes as the system has them, each as one character, since its locale may differ."""
 
+    def exact(text: str) -> str:
+        return os.fsencode(text).decode("latin-1")
 
-def _marked(env: Mapping[str, str], marker: str) -> dict[str, str]:
-    name, _, value = marker.partition("=")
-    return {**env, name: value}
+    order = {
+        "program": exact(program),
+        "argv": [exact(text) for text in argv],
+        "env": {exact(name): exact(value) for name, value in env.items()},
+        "stop_timeout": stop_timeout,
+    }
+    return json.dumps(order).encode() + b"\n"
 
 
 def _cannot_exec(command: str, code: int) -> CommandError:

@@ -1,11 +1,12 @@
 """Stand-alone program between the gateway and one model's server: outlives a killed gateway, takes the tree with it.
 
-Run as ``python -I -S guardian.py``; standard library only, single-threaded, in a session of its own. It becomes the
+Run as ``python -I -S guardian.py PID``; standard library only, single-threaded, in a session of its own. It becomes the
 subreaper of everything below it, so that a grandchild which made its own session or lost its parent is its child again,
 and "no child left" (``waitpid`` says ECHILD) means that the tree is empty.
 
-* fd 0: one line of JSON ``{"program", "argv", "env", "stop_timeout"}``; then its end of file, whatever brought it about
-  (the gateway leaves the scope, exits, crashes or is killed), asks for the end of the tree.
+* Its only argument: the pid of the gateway, whose end, however it comes, is the end of the tree.
+* fd 0: one line of JSON ``{"program", "argv", "env", "stop_timeout"}``; then another line or the end of file asks for
+  the end of the tree.
 * fd 1: lines of JSON: ``{"pid"}`` or ``{"errno"}`` when the head has been started or could not be, ``{"exit"}`` (a wait
   status) when it has ended, ``{"empty": true}`` when nothing is left. The guardian exits last.
 * fd 2: becomes the head's standard output and standard error; the guardian writes nothing there.
@@ -29,6 +30,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes longer to import than all the rest
+    from collections.abc import Callable
     from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,19 +49,19 @@ class Tree:
         self.head_is_gone = False
         self.is_empty = False
 
-    def start(self, program: str, argv: list[str], env: dict[str, str]) -> int:
+    def start(self, program: bytes, argv: list[bytes], env: dict[bytes, bytes]) -> int:
         """Fork and exec the head; returns the errno of a failed exec, else 0."""
         reader, writer = os.pipe()
         parent = os.getpid()
         self.head = os.fork()
         if self.head == 0:
-            code = 255
+            code = errno.EINVAL  # a name or a value that cannot be in an environment
             try:
                 os.close(reader)
                 become_head(parent, writer)
                 os.execve(program, argv, env)  # noqa: S606 - no shell, on purpose
             except OSError as error:
-                code = error.errno or 255
+                code = error.errno or code
             finally:
                 os.write(writer, b"%d" % code)
                 os._exit(127)
@@ -85,22 +87,16 @@ class Tree:
                 os.killpg(self.head, 0)
                 self.is_empty = False
 
-    def members(self) -> list[int]:
-        """The living descendants of this process, and on other systems than Linux only the group's head."""
+    def members(self) -> set[int]:
+        """The descendants of this process, zombies included, and on other systems than Linux only the group's head."""
         if not ON_LINUX:
-            return [self.head]
-        parents = {}
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with contextlib.suppress(OSError, ValueError, IndexError):
-                    with open(f"/proc/{name}/stat", "rb") as file:
-                        state, parent = file.read().rpartition(b")")[2].split()[:2]
-                    if state not in (b"Z", b"X"):
-                        parents[int(name)] = int(parent)
-        known = {os.getpid()}
-        while more := {pid for pid, parent in parents.items() if parent in known and pid not in known}:
-            known |= more
-        return sorted(known - {os.getpid()})
+            return {self.head}
+        children_of = children if os.path.exists("/proc/thread-self/children") else by_parent()
+        known: set[int] = set()
+        fresh = {os.getpid()}
+        while fresh := {child for pid in fresh for child in children_of(pid)} - known:
+            known |= fresh
+        return known
 
     def signal(self, number: int) -> None:
         """Send a signal to every member; in the group at once, since that leaves no time to fork out of it."""
@@ -117,7 +113,7 @@ class Tree:
         """SIGKILL to everything, frozen first so that nobody forks while the others are killed."""
         frozen: set[int] = set()
         for _ in range(20):
-            fresh = set(self.members()) - frozen
+            fresh = self.members() - frozen
             if not fresh:
                 break
             for pid in fresh:
@@ -125,6 +121,25 @@ class Tree:
                     os.kill(pid, signal.SIGSTOP)
             frozen |= fresh
         self.signal(signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process; quick enough to catch up with one that forks and exits all the time."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
+    return found
+
+
+def by_parent() -> Callable[[int], list[int]]:
+    """The same on a kernel without CONFIG_PROC_CHILDREN."""
+    found: dict[int, list[int]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            found.setdefault(int(file.read().rpartition(b")")[2].split()[1]), []).append(int(name))
+    return lambda pid: found.get(pid, [])
 
 
 def become_head(parent: int, keep: int) -> None:
@@ -156,16 +171,41 @@ def report(**message: int) -> None:
         os.write(1, json.dumps(message).encode() + b"\n")
 
 
-def read_order() -> dict[str, Any]:
-    """The first line of fd 0; exits if the gateway went before it was written."""
+def watch_gateway() -> list[int]:
+    """Descriptors that become readable when the gateway is gone or asks for the end; exits if it is gone already.
+
+    The pipe alone would not do: a process that the gateway's host has forked may hold a copy of its other end.
+    """
+    gateway = int(sys.argv[1])
+    watched = [0]
+    with contextlib.suppress(AttributeError, OSError):  # Linux 5.3
+        watched.append(os.pidfd_open(gateway))
+    if os.getppid() != gateway:
+        sys.exit(0)
+    return watched
+
+
+def read_order(gateway: list[int]) -> dict[str, Any]:
+    """The first line of fd 0; exits if the gateway went, or had enough, before all of it was written."""
     line = b""
     while not line.endswith(b"\n"):
-        piece = os.read(0, 65536)
+        ready, _, _ = select.select(gateway, [], [])
+        piece = os.read(0, 65536) if ready == [0] else b""
         if not piece:
             sys.exit(0)
         line += piece
-    order: dict[str, Any] = json.loads(line)
+    try:
+        order: dict[str, Any] = json.loads(line)
+    except ValueError:
+        sys.exit(0)
+    if line.endswith(b"\n\n"):
+        sys.exit(0)
     return order
+
+
+def exact(text: str) -> bytes:
+    """Bytes as the gateway has them, each sent as one character."""
+    return text.encode("latin-1")
 
 
 def watch_children() -> int:
@@ -178,29 +218,33 @@ def watch_children() -> int:
     return reader
 
 
-def serve(tree: Tree, children: int) -> None:
-    """Return when the tree is to be ended: asked for, or its head is gone."""
+def serve(tree: Tree, gateway: list[int], wakeup: int) -> None:
+    """Return when the tree is to be ended: asked for, or the gateway or the head is gone."""
     while not tree.head_is_gone:
-        ready, _, _ = select.select([0, children], [], [])
-        if children in ready:
-            drain(children)
+        ready, _, _ = select.select([*gateway, wakeup], [], [])
+        if wakeup in ready:
+            drain(wakeup)
             tree.reap()
-        if 0 in ready and not os.read(0, 65536):
+        if ready != [wakeup]:
             return
 
 
-def end(tree: Tree, children: int, grace: float) -> None:
+def end(tree: Tree, wakeup: int, grace: float) -> None:
     """Leave nothing."""
     tree.reap()
     if not tree.is_empty:
         tree.signal(signal.SIGTERM)
         tree.signal(signal.SIGCONT)
     deadline = time.monotonic() + grace
+    pause = POLL
     while not tree.is_empty:
-        if time.monotonic() >= deadline:
+        left = deadline - time.monotonic()
+        if left <= 0:
             tree.kill()
-        if select.select([children], [], [], POLL)[0]:
-            drain(children)
+        wait = pause if left <= 0 else left if ON_LINUX else min(left, POLL)
+        woken = select.select([wakeup], [], [], wait)[0]
+        pause = POLL if woken else min(2 * pause, 1.0)  # what cannot be killed is not worth a core
+        drain(wakeup)
         tree.reap()
 
 
@@ -215,18 +259,22 @@ def main() -> None:
     """Start the head, watch it, end the tree."""
     for name in IGNORED:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a thread of the gateway may have blocked SIGCHLD
     if ON_LINUX:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-    children = watch_children()
-    order = read_order()
+    wakeup = watch_children()
+    gateway = watch_gateway()
+    order = read_order(gateway)
     tree = Tree()
-    failure = tree.start(order["program"], order["argv"], order["env"])
+    argv = [exact(text) for text in order["argv"]]
+    env = {exact(name): exact(value) for name, value in order["env"].items()}
+    failure = tree.start(exact(order["program"]), argv, env)
     if failure:
         report(errno=failure)
     else:
         report(pid=tree.head)
-        serve(tree, children)
-    end(tree, children, order["stop_timeout"])
+        serve(tree, gateway, wakeup)
+    end(tree, wakeup, order["stop_timeout"])
     report(empty=True)
 
 
