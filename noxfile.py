@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -21,15 +21,17 @@ nox.options.error_on_missing_interpreters = True
 
 
 def interpreters() -> list[str]:
-    """The supported Pythons that this machine has: on PATH, or installed by pyenv."""
-    found = {".".join(map(str, sys.version_info[:2])): sys.executable}
+    """The supported Pythons that this machine has, on PATH or installed by pyenv, as their versions."""
+    found: dict[str, str] = {}
     for version in SUPPORTED:
         pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
         for candidate in (shutil.which(f"python{version}"), *pyenv):
             # A shim of pyenv can be there without the Python behind it.
             if candidate and _runs(candidate):
                 found.setdefault(version, str(candidate))
-    return [found[version] for version in SUPPORTED if version in found]
+    # nox looks for them on PATH
+    os.environ["PATH"] = os.pathsep.join([*(str(Path(path).parent) for path in found.values()), os.environ["PATH"]])
+    return list(found)
 
 
 def _runs(python: str | Path) -> bool:
