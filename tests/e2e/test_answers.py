@@ -24,7 +24,7 @@ CASES: list[tuple[str, str, Any]] = [
     (
         "POST",
         "/v1/chat/completions",
-        {**CHAT, "logprobs": True, "top_logprobs": 3, "n": 2, "seed": 1, "max_tokens": 6},
+        {**CHAT, "logprobs": True, "top_logprobs": 3, "n": 2, "seed": 1, "temperature": 0.5, "max_tokens": 6},
     ),
     ("POST", "/v1/completions", {"model": "smol", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 40}),
     ("POST", "/v1/completions", {"model": "smol", "prompt": ["ü", "日本語"], "temperature": 0, "max_tokens": 12}),
