@@ -27,16 +27,17 @@ def interpreters() -> list[str]:
         pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
         for candidate in (shutil.which(f"python{version}"), *pyenv):
             # A shim of pyenv can be there without the Python behind it.
-            if candidate and _runs(candidate):
-                found.setdefault(version, str(candidate))
+            if candidate and (program := _program(candidate)):
+                found.setdefault(version, program)
     # nox looks for them on PATH
     os.environ["PATH"] = os.pathsep.join([*(str(Path(path).parent) for path in found.values()), os.environ["PATH"]])
     return list(found)
 
 
-def _runs(python: str | Path) -> bool:
-    command = [python, "-c", "import venv, ensurepip"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def _program(python: str | Path) -> str:
+    """The interpreter itself, or nothing if it cannot make an environment."""
+    command = [python, "-c", "import sys, venv, ensurepip; print(sys.executable)"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def group(name: str) -> list[str]:
