@@ -216,6 +216,7 @@ class Runner:
             "command": self._prepared["vllm"],
             "args": arguments,
             "env": self._prepared["environment"] | {"E2E_MARKER": marker},
+            "stop_timeout": 6,  # a vLLM that is still loading takes no notice of SIGTERM
             "endpoints": {"base_url": f"http://127.0.0.1:{port}/v1"},
         }
         return {"llmModels": {"smol": model}}
