@@ -113,4 +113,5 @@ def e2e(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """A real model answers through the gateway."""
     session.install("-e", ".")
-    session.run("python", "examples/demo.py", *session.posargs)
+    # Ctrl-C: the gateway drains and ends its model; nox would kill it after half a second.
+    session.run("python", "examples/demo.py", *session.posargs, interrupt_timeout=90, terminate_timeout=90)
