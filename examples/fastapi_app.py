@@ -1,6 +1,5 @@
 """Models inside a FastAPI app with its own routes and lifespan: `uvicorn fastapi_app:app`.
 
-
 The file is `FLUIDMCP_CONFIG`'s, else `vllm-config.json`. The models' API is below `/llm`; `/summary` is the app's own
 and uses a model through the gateway's connections.
 """
