@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import anyio
@@ -15,6 +16,8 @@ __all__ = ["report_progress"]
 
 _PERIOD = 0.5
 _WIDTH = 110
+# What vLLM puts in front of what it says: (EngineCore pid=42) INFO 11-24 09:51:33 [core.py:402]
+_PREFIX = re.compile(r"^(\(\w+ pid=\d+\)\s*)?([A-Z]+:?\s+)?([\d-]+ [\d:.]+ )?(\[\S+:\d+\]\s*)?")
 
 
 async def report_progress(gateway: Gateway, address: tuple[str, int]) -> None:
@@ -50,6 +53,6 @@ def _line(status: ModelStatus, url: str) -> str | None:
     if status.state is ModelState.READY:
         return f"  {status.id}: ready at {url}/{status.id}/v1"
     if status.state is ModelState.STARTING:
-        doing = f": {status.progress}" if status.progress else ""
-        return f"  {status.id}: loading{doing}"[:_WIDTH]
+        doing = _PREFIX.sub("", status.progress or "")
+        return f"  {status.id}: loading{': ' if doing else ''}{doing}"[:_WIDTH]
     return None  # stops and failures are in the log
