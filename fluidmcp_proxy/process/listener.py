@@ -109,6 +109,8 @@ def _reaches(listening: str, addresses: Iterable[str]) -> bool:
             wanted = _plain(address)
         except ValueError:
             continue
+        if wanted.is_unspecified:  # connecting to it reaches this machine
+            wanted = ipaddress.ip_address("127.0.0.1" if wanted.version == 4 else "::1")
         if bound == wanted or bound == ipaddress.ip_address("::"):  # "::" takes IPv4 too unless it is V6ONLY
             return True
         if bound == ipaddress.ip_address("0.0.0.0") and wanted.version == 4:  # noqa: S104 - compared, not bound

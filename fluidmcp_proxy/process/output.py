@@ -11,6 +11,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -38,9 +39,11 @@ class Output:
     """The output of one model's server, over all its restarts. ``path`` is created with the first line."""
 
     def __init__(self, path: Path | None, *, secrets: Iterable[str] = ()) -> None:
-        words = sorted((re.escape(word) for word in secrets if word), key=len, reverse=True)
-        self._redact = re.compile("|".join([*words, _KEYS])).sub
-        self._longest = max((len(word.encode()) for word in secrets), default=0) + 256
+        # A secret of several lines, like a private key, is printed line by line.
+        words = {part for word in secrets for part in (word, *word.splitlines()) if part == word or len(part) >= 8}
+        self._secrets = sorted(words - {""}, key=len, reverse=True)
+        self._redact = re.compile("|".join([*map(re.escape, self._secrets), _KEYS])).sub
+        self._longest = max((len(word.encode("utf-8", "replace")) for word in words), default=0) + 256
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
         self._file = None if path is None else _File(path)
         self._rest = b""
@@ -54,7 +57,7 @@ class Output:
 
     def tail(self, lines: int, *, of_this_launch: bool = False) -> list[str]:
         """The last ``lines`` lines, at most ``MAX_LINES``, the one that is being written included."""
-        unfinished = self._shown([self._rest]) if self._rest else []
+        unfinished = self._shown([self._without_a_beginning(_last_state(self._rest))]) if self._rest else []
         kept = list(self._lines)
         if of_this_launch:
             kept = kept[max(0, len(kept) - self._fresh) :]
@@ -106,6 +109,15 @@ class Output:
         if self._file is not None and shown:
             self._file.write("\n".join(shown))
 
+    def _without_a_beginning(self, rest: bytes) -> bytes:
+        """``rest`` less the first part of a secret that it may end with: the other part has not been read yet."""
+        for word in self._secrets:
+            encoded = word.encode("utf-8", "replace")
+            for length in range(min(len(encoded) - 1, len(rest)), 3, -1):
+                if rest.endswith(encoded[:length]):
+                    return rest[:-length] + _HIDDEN.encode()
+        return rest
+
     def _shown(self, lines: list[bytes]) -> list[str]:
         """Lines as they may be shown: redacted before they are cut or escaped, which could hide a part of a secret."""
         limit = MAX_LINE_BYTES + self._longest
@@ -135,7 +147,12 @@ class _File(RotatingFileHandler):
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
+    def close(self) -> None:
+        with suppress(OSError, ValueError):  # what it could not write before, it cannot write now
+            super().close()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        self.close()  # drops what is buffered; the next line opens it again, and may find room
         if not self._complained:
             self._complained = True
             logger.warning("%s cannot be written: %s", self.baseFilename, sys.exc_info()[1])

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import anyio
 
 from fluidmcp_proxy.errors import FluidMCPError
+from fluidmcp_proxy.process.tree import find
 
 __all__ = ["AlreadyOwned", "own"]
 
@@ -48,13 +50,14 @@ async def own(identity: str, runtime_dir: Path, patience: float) -> AsyncIterato
         AlreadyOwned: the owner is alive, or its models outlast the patience.
         FluidMCPError: the runtime folder cannot be used.
     """
-    path = _prepare(runtime_dir) / (hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:24] + ".lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = _open(runtime_dir, hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:24] + ".lock")
     try:
         await _lock(descriptor, identity, patience)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n{identity}\n".encode("utf-8", "replace"), 0)
+        os.pwrite(descriptor, f"{os.getpid()} {_started(os.getpid())}\n{identity}\n".encode("utf-8", "replace"), 0)
         yield descriptor
+        # Every tree is gone. Said, since a process that the host has forked may hold a copy of the descriptor.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         # The file stays: removing it could leave two gateways with a lock on two files of one name.
         os.close(descriptor)
@@ -67,16 +70,24 @@ async def _lock(descriptor: int, identity: str, patience: float) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            pid = _owner(descriptor)
-            alive = pid is not None and _is_alive(pid)
+            pid, alive = _owner(descriptor)
             if alive or anyio.current_time() >= deadline:
                 raise AlreadyOwned(identity, pid, alive=alive) from None
         await anyio.sleep(_PERIOD)
 
 
-def _owner(descriptor: int) -> int | None:
-    first = os.pread(descriptor, 64, 0).partition(b"\n")[0]
-    return int(first) if first.isdigit() else None
+def _owner(descriptor: int) -> tuple[int | None, bool]:
+    """The pid in the file, and whether that process still is the one that wrote it."""
+    pid, _, started = os.pread(descriptor, 64, 0).partition(b"\n")[0].partition(b" ")
+    if not pid.isdigit():
+        return None, False
+    return int(pid), _is_alive(int(pid)) and started.decode("ascii", "replace") == _started(int(pid))
+
+
+def _started(pid: int) -> str:
+    """What tells a process from a later one with the same pid; nothing where the system does not say."""
+    process = find(pid)
+    return "" if process is None else str(process.started)
 
 
 def _is_alive(pid: int) -> bool:
@@ -85,11 +96,17 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    try:  # a zombie is not alive
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (OSError, IndexError):
-        return True
+        pass
+    return find(pid) is not None or sys.platform != "linux"  # a zombie is not alive
+
+
+def _open(runtime_dir: Path, name: str) -> int:
+    """The file of the lock, opened."""
+    path = _prepare(runtime_dir) / name
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise FluidMCPError(f"{path} cannot be opened: {error.strerror}; set FLUIDMCP_RUNTIME_DIR") from error
 
 
 def _prepare(folder: Path) -> Path:
