@@ -115,3 +115,10 @@ def demo(session: nox.Session) -> None:
     session.install("-e", ".")
     # Ctrl-C: the gateway drains and ends its model; nox would kill it after half a second.
     session.run("python", "examples/demo.py", *session.posargs, interrupt_timeout=90, terminate_timeout=90)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """What is left when something is killed: the table of docs/reliability.md."""
+    session.install("-e", ".")
+    session.run("python", "benchmarks/faults.py", *session.posargs)
