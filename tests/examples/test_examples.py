@@ -23,7 +23,7 @@ CONFIGURATIONS = sorted(EXAMPLES.glob("*.json"))
 COVERED = {
     "cpu_machine.py": "demo",
     "cpu_model.py": "e2e",
-    "demo.py": "demo",
+    "demo.py": "here, with the stub",
     "fastapi_app.py": "here",
     "openai_client.py": "here",
     "starlette_middleware.py": "here",
@@ -136,3 +136,10 @@ def test_the_hosts_test(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_host_app.py")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert "2 passed" in result.stdout, result.stdout
+
+
+def test_the_tour_with_the_stub(environment: dict[str, str]) -> None:
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--stub", "--once", "--port", str(free_port())]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "Answer:" in result.stdout
