@@ -12,7 +12,7 @@ from fluidmcp_proxy.config.endpoint import Endpoint
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.settings import child_environment
 from fluidmcp_proxy.models.supervisor import CannotStart
-from fluidmcp_proxy.process.group import CommandError, ProcessGroup, open_process_group
+from fluidmcp_proxy.process.group import CommandError, NoProcess, ProcessGroup, open_process_group
 from fluidmcp_proxy.process.listener import can_verify, port_is_free, resolve, verified_address
 from fluidmcp_proxy.process.output import Output
 from fluidmcp_proxy.upstream.client import Address
@@ -37,7 +37,7 @@ class ProcessLauncher:
         """The running server; leaving the scope ends its whole tree.
 
         Raises:
-            CannotStart: ``command_invalid`` for a command that cannot be run, ``port_in_use``.
+            CannotStart: ``command_invalid`` for a command that cannot be run, ``port_in_use``, ``no_process``.
         """
         model = self._model
         await self._refuse_taken_port()
@@ -56,6 +56,8 @@ class ProcessLauncher:
                 yield _Process(model, process)
         except CommandError as exc:
             raise CannotStart("command_invalid", str(exc)) from exc
+        except NoProcess as exc:
+            raise CannotStart("no_process", str(exc), final=False) from exc
 
     async def _refuse_taken_port(self) -> None:
         endpoint = _endpoint(self._model)

@@ -35,14 +35,15 @@ LINES_IN_MESSAGE = 20
 
 
 class CannotStart(FluidMCPError):
-    """A start that would fail again: no such command, or somebody else listens on the port.
+    """A start that failed; a ``final`` one would fail again: no such command, or somebody else listens on the port.
 
     ``reason`` is a word for a program, the exception's text a sentence for a person.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, final: bool = True) -> None:
         super().__init__(message)
         self.reason = reason
+        self.final = final
 
 
 class Child(Protocol):
@@ -225,7 +226,7 @@ class Supervisor:
                 finally:
                     await self._withdraw()
         except CannotStart as exc:
-            failure = _Failure(exc.reason, str(exc), final=True)
+            failure = _Failure(exc.reason, str(exc), final=exc.final)
             self._record(failure)
         self._status = replace(self._status, pid=None)
         return failure

@@ -27,7 +27,7 @@ from fluidmcp_proxy.process import tree
 from fluidmcp_proxy.process.guard import Guard
 from fluidmcp_proxy.process.output import Output
 
-__all__ = ["MARKER", "CommandError", "ExitStatus", "ProcessGroup", "open_process_group"]
+__all__ = ["MARKER", "CommandError", "ExitStatus", "NoProcess", "ProcessGroup", "open_process_group"]
 
 logger = logging.getLogger("fluidmcp_proxy.process")
 
@@ -41,6 +41,10 @@ _PATIENCE = 5.0
 
 class CommandError(FluidMCPError):
     """The command cannot be run at all: not found, not executable, not a program."""
+
+
+class NoProcess(FluidMCPError):
+    """The machine has no room for another process, or this one no descriptor left; that may pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +168,17 @@ async def open_process_group(
 
     Raises:
         CommandError: the command cannot be run.
-        OSError: this machine has no room for another process.
+        NoProcess: no process can be made now.
     """
     program = find_program(argv[0], env)
     if any("\0" in text for text in argv):
         raise CommandError(f"command '{argv[0]}' cannot be run: there is a null character in its arguments")
     token = secrets.token_hex(16)
     env = {**env, MARKER: token}
-    guard = Guard(env, lock_fd)
+    try:
+        guard = Guard(env, lock_fd)
+    except OSError as error:
+        raise NoProcess(f"no process can be made: {error.strerror}") from error
     group = ProcessGroup(guard, f"{MARKER}={token}")
     try:
         with ungrouped():

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from tests.process.marks import Mark, children
+from tests.process.marks import Mark, marked
 
 
 @pytest.fixture
 def mark() -> Iterator[Mark]:
-    before = set(children(os.getpid()))
-    mark = Mark()
-    try:
+    with marked() as mark:
         yield mark
-        left = mark.pids()
-        assert not left
-        assert set(children(os.getpid())) <= before  # no guardian either, and no zombie
-    finally:
-        mark.kill()

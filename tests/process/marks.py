@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.serving import STUB, eventually
@@ -73,3 +74,17 @@ def children(parent: int) -> list[int]:
     """Its children, zombies included."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     return [pid for pid in pids if (fields := stat(pid)) and int(fields[1]) == parent]
+
+
+@contextlib.contextmanager
+def marked() -> Iterator[Mark]:
+    """A mark, none of whose processes may be left at the end, nor any other child of this one."""
+    before = set(children(os.getpid()))
+    mark = Mark()
+    try:
+        yield mark
+        left = mark.pids()
+        assert not left
+        assert set(children(os.getpid())) <= before  # no guardian either, and no zombie
+    finally:
+        mark.kill()

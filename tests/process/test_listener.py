@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import anyio
 import pytest
 
-from fluidmcp_proxy.process.listener import can_verify, listeners, port_is_free, resolve, verified_address
+from fluidmcp_proxy.process.listener import can_verify, port_is_free, resolve, verified_address
 from tests.process.marks import STUB_COMMAND, Mark
 from tests.serving import free_port, stub
 
