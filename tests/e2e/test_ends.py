@@ -20,10 +20,11 @@ def asked(gateway: Gateway) -> str:
     return text
 
 
-@pytest.mark.parametrize("title", ["vllm serve", "VLLM::EngineCore"], ids=["api-server", "engine"])
-def test_killed_server_is_cleared_away_and_comes_back(gateway: Gateway, title: str) -> None:
+@pytest.mark.parametrize("victim", [*TITLES, "guardian"], ids=["api-server", "engine", "worker", "guardian"])
+def test_whoever_is_killed_the_rest_is_cleared_away_and_the_model_comes_back(gateway: Gateway, victim: str) -> None:
     before = gateway.model_processes()
-    os.kill(gateway.model_process(title).pid, signal.SIGKILL)
+    server = gateway.model_process("vllm serve")
+    os.kill(server.parent() if victim == "guardian" else gateway.model_process(victim).pid, signal.SIGKILL)
     eventually(lambda: not any(process.is_alive() for process in before), f"{before} are gone", 60)
     eventually(lambda: gateway.state()["state"] == "ready", "it is ready again", LOADING)
     assert gateway.state()["restarts"] >= 1

@@ -70,6 +70,9 @@ class Process:
     def is_alive(self) -> bool:
         return _born(self.pid) == self.born
 
+    def parent(self) -> int:
+        return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1])
+
     def title(self) -> str:
         """What ``ps`` shows: vLLM's processes rename themselves."""
         try:
