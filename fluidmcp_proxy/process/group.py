@@ -19,6 +19,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 
@@ -80,6 +81,7 @@ class ProcessGroup:
         self._status = ExitStatus()
         self._exec_errno = 0
         self._is_empty = False
+        self._cgroup = ""
 
     def __repr__(self) -> str:
         state = self._status if self._exited.is_set() else "running"
@@ -113,9 +115,9 @@ class ProcessGroup:
         self._exited.set()
         self._over.set()
 
-    def _take(self, report: dict[str, int]) -> None:
+    def _take(self, report: dict[str, Any]) -> None:
         if "pid" in report:
-            self.pid = report["pid"]
+            self.pid, self._cgroup = report["pid"], report["cgroup"]
             self._head = tree.find(self.pid)
             self._started.set()
         elif "errno" in report:
@@ -144,11 +146,13 @@ class ProcessGroup:
 
     async def _sweep(self) -> None:
         """Kill what a guardian that did not finish has left, until a look finds nothing."""
+        tree.kill_cgroup(self._cgroup)
         while left := tree.members(self._head, self._marker):
             for process in left:
                 with suppress(OSError):
                     os.kill(process.pid, signal.SIGKILL)
             await anyio.sleep(_SWEEP_PERIOD)
+        tree.remove_cgroup(self._cgroup)
 
 
 @asynccontextmanager

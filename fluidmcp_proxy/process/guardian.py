@@ -7,8 +7,8 @@ and "no child left" (``waitpid`` says ECHILD) means that the tree is empty.
 * Its only argument: the pid of the gateway, whose end, however it comes, is the end of the tree.
 * fd 0: one line of JSON ``{"program", "argv", "env", "stop_timeout"}``; then another line or the end of file asks for
   the end of the tree.
-* fd 1: lines of JSON: ``{"pid"}`` or ``{"errno"}`` when the head has been started or could not be, ``{"exit"}`` (a wait
-  status) when it has ended, ``{"empty": true}`` when nothing is left. The guardian exits last.
+* fd 1: lines of JSON: ``{"pid", "cgroup"}`` or ``{"errno"}`` when the head has been started or could not be,
+  ``{"exit"}`` (a wait status) when it has ended, ``{"empty": true}`` when nothing is left. The guardian exits last.
 * fd 2: becomes the head's standard output and standard error; the guardian writes nothing there.
 
 The end of the tree: SIGTERM and SIGCONT once to every process, ``stop_timeout`` seconds of grace, then SIGKILL until
@@ -48,6 +48,7 @@ class Tree:
         self.head = 0
         self.head_is_gone = False
         self.is_empty = False
+        self.cgroup = make_cgroup() if ON_LINUX else ""
 
     def start(self, program: bytes, argv: list[bytes], env: dict[bytes, bytes]) -> int:
         """Fork and exec the head; returns the errno of a failed exec, else 0."""
@@ -58,6 +59,8 @@ class Tree:
             code = errno.EINVAL  # a name or a value that cannot be in an environment
             try:
                 os.close(reader)
+                if self.cgroup:
+                    write(self.cgroup, "cgroup.procs", b"0")
                 become_head(parent, writer)
                 os.execve(program, argv, env)  # noqa: S606 - no shell, on purpose
             except OSError as error:
@@ -120,6 +123,8 @@ class Tree:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGSTOP)
             frozen |= fresh
+        if self.cgroup:
+            write(self.cgroup, "cgroup.kill", b"1")
         self.signal(signal.SIGKILL)
 
 
@@ -140,6 +145,32 @@ def by_parent() -> Callable[[int], list[int]]:
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
             found.setdefault(int(file.read().rpartition(b")")[2].split()[1]), []).append(int(name))
     return lambda pid: found.get(pid, [])
+
+
+def make_cgroup() -> str:
+    """A new child of this process's own cgroup (v2) for the tree alone, to kill it with one write; "" if none can be
+    made.
+
+    Only root, or a service that was delegated its cgroup, can make one; everything else here does without.
+    """
+    with contextlib.suppress(OSError, IndexError, StopIteration):
+        with open("/proc/self/cgroup") as file:
+            own = next(line for line in file if line.startswith("0::")).strip()[4:]
+        with open("/proc/self/mountinfo") as file:
+            mount = next(line.split() for line in file if " - cgroup2 " in line)
+        if mount[3] == "/":  # else the paths in /proc/self/cgroup are not below the mount
+            folder = os.path.join(mount[4], own, f"fluidmcp-{os.getpid()}")
+            os.mkdir(folder)
+            if os.path.exists(os.path.join(folder, "cgroup.kill")):  # Linux 5.14
+                return folder
+            os.rmdir(folder)
+    return ""
+
+
+def write(cgroup: str, name: str, value: bytes) -> None:
+    """Write to a file of a cgroup; what is refused there is done by signals."""
+    with contextlib.suppress(OSError), open(os.path.join(cgroup, name), "wb", buffering=0) as file:
+        file.write(value)
 
 
 def become_head(parent: int, keep: int) -> None:
@@ -165,7 +196,7 @@ def prctl(option: int, value: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def report(**message: int) -> None:
+def report(**message: int | str) -> None:
     """Tell the gateway, if there is one."""
     with contextlib.suppress(OSError):
         os.write(1, json.dumps(message).encode() + b"\n")
@@ -272,9 +303,12 @@ def main() -> None:
     if failure:
         report(errno=failure)
     else:
-        report(pid=tree.head)
+        report(pid=tree.head, cgroup=tree.cgroup)
         serve(tree, gateway, wakeup)
     end(tree, wakeup, order["stop_timeout"])
+    if tree.cgroup:
+        with contextlib.suppress(OSError):
+            os.rmdir(tree.cgroup)
     report(empty=True)
 
 

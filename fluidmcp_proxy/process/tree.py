@@ -1,4 +1,4 @@
-"""Which processes belong to a tree, read from ``/proc``. It signals nobody.
+"""Which processes belong to a tree, read from ``/proc``. It signals nobody, but for the kernel's kill of a cgroup.
 
 A tree is known by what its members cannot easily shed: descent from its guardian, the session of its head, and a
 marker in the environment they were started with. Linux only; elsewhere nothing is found.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-__all__ = ["Process", "descendants", "find", "members", "processes"]
+__all__ = ["Process", "descendants", "find", "kill_cgroup", "members", "processes", "remove_cgroup"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +99,17 @@ def _environment(pid: int) -> bytes:
             return file.read()
     except OSError:  # gone, or somebody else's
         return b""
+
+
+def kill_cgroup(folder: str) -> None:
+    """Kill what is in a cgroup that a guardian made for its tree; "" is none."""
+    if folder:
+        with suppress(OSError), open(os.path.join(folder, "cgroup.kill"), "w") as file:
+            file.write("1")
+
+
+def remove_cgroup(folder: str) -> None:
+    """Remove it once it is empty."""
+    if folder:
+        with suppress(OSError):
+            os.rmdir(folder)

@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from fluidmcp_proxy.process import guardian
 from fluidmcp_proxy.process.group import CommandError, ExitStatus, ProcessGroup, find_program, open_process_group
 from fluidmcp_proxy.process.output import Output
 from tests.process.marks import STUB_COMMAND, Mark, guardians
@@ -375,3 +376,30 @@ async def _whole_life(mark: Mark) -> None:
     assert (status, sorted(lines)) == (ExitStatus(code=5), ["err", "out"])
     async with running(mark, *STUB_COMMAND, "--never-ready", "--grandchild", "--ignore-sigterm", stop_timeout=0.2):
         await members(mark, 3)
+
+
+@pytest.fixture
+def cgroups() -> Path:
+    """Where guardians make their cgroups; skips where none can be made."""
+    made = guardian.make_cgroup()
+    if not made:
+        pytest.skip("no cgroup can be made here")
+    os.rmdir(made)
+    return Path(made).parent
+
+
+@pytest.mark.parametrize("guardian_dies", [False, True])
+async def test_a_cgroup_of_its_own_that_goes_with_the_tree(mark: Mark, cgroups: Path, guardian_dies: bool) -> None:
+    before = set(cgroups.glob("fluidmcp-*"))
+    argv = [*STUB_COMMAND, "--never-ready", "--grandchild", "--ignore-sigterm"]
+    async with running(mark, *argv, stop_timeout=0.1) as group:
+        mark.wait_for(3)
+        (made,) = set(cgroups.glob("fluidmcp-*")) - before
+        members = {int(line) for line in (made / "cgroup.procs").read_text().split()}
+        assert members == mark.pids()
+        assert os.getpid() not in members
+        if guardian_dies:
+            os.kill(guardians(os.getpid())[0], signal.SIGKILL)
+            await group.wait()
+    assert mark.pids() == set()
+    assert not made.exists()
