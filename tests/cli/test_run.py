@@ -1,0 +1,229 @@
+"""The real program with the stub server as its ``vllm``: how it starts, how it ends, what it leaves (nothing)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.process.marks import Mark, marked
+from tests.serving import DEADLINE, STUB, eventually, free_port
+
+FLUIDMCP = [sys.executable, "-m", "fluidmcp_proxy", "run"]
+
+
+@pytest.fixture
+def mark() -> Iterator[Mark]:
+    with marked() as mark:
+        yield mark
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A file whose ``command`` is a ``vllm`` on PATH: the stub server, with two processes that ignore SIGTERM."""
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    words = [sys.executable, "-S", "-E", str(STUB)]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@" --children 1 --ignore-sigterm\n')
+    program.chmod(0o755)
+    port = str(free_port())
+    model = {"command": "vllm", "args": ["serve", "m", "--port", port], "stop_timeout": 0.3}
+    model["endpoints"] = {"base_url": f"http://127.0.0.1:{port}/v1"}
+    folders = {"log_dir": str(tmp_path / "log"), "runtime_dir": str(tmp_path / "run"), "drain_timeout": 0.2}
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps({"llmModels": {"m": model}, "gateway": folders}))
+    return path
+
+
+class Running:
+    """A command line with the stub on PATH, and what it has written to either stream."""
+
+    def __init__(self, argv: tuple[str, ...], environment: dict[str, str], output: Path) -> None:
+        self._output = output
+        with output.open("w") as file:
+            self.process = subprocess.Popen(argv, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def until_said(self, words: str) -> str:
+        """Wait for a line with these words, and return it."""
+
+        def look() -> list[str]:
+            ended = self.process.poll() is not None
+            lines = [line for line in self.said.splitlines() if words in line]
+            assert lines or not ended, self.said
+            return lines
+
+        line: str = eventually(look, f"it says '{words}'")[-1]
+        return line
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ended(self) -> int:
+        """Wait for its end; the exit code."""
+        return self.process.wait(DEADLINE)
+
+
+Program = Callable[..., contextlib.AbstractContextManager[Running]]
+
+
+@pytest.fixture
+def program(mark: Mark, config: Path) -> Program:
+    """Run a command line; at its end nothing of it may be left."""
+
+    @contextlib.contextmanager
+    def run(*argv: str) -> Iterator[Running]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("FLUIDMCP_")}
+        env |= {"PATH": f"{config.parent / 'bin'}:{env['PATH']}", "FAULT_TEST": mark.value}
+        env |= {"FLUIDMCP_CONFIG": str(config), "PYTHONUNBUFFERED": "1"}
+        running = Running(argv, env, config.with_name(f"output-{time.monotonic_ns()}"))
+        try:
+            yield running
+        finally:
+            running.process.kill()
+            running.process.wait()
+        mark.wait_for(0)
+
+    return run
+
+
+@pytest.mark.parametrize("command", [FLUIDMCP, [str(Path(sys.executable).with_name("fluidmcp")), "run"]])
+def test_ready(program: Program, config: Path, mark: Mark, command: list[str]) -> None:
+    with program(*command, str(config), "--port", "0") as gateway:
+        url = gateway.until_said("ready at").split()[-1]
+        assert httpx.get(f"{url}/models", timeout=DEADLINE).json()["data"][0]["id"] == "m"
+        assert mark.count() == 3
+        gateway.send(signal.SIGTERM)
+        assert gateway.ended() == -signal.SIGTERM
+        assert not mark.pids()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_signal_cuts_streams_and_is_passed_on(
+    program: Program, config: Path, mark: Mark, number: signal.Signals, times: int
+) -> None:
+    body = {"model": "m", "prompt": "x", "stream": True, "max_tokens": 9999, "stub": {"token-interval": 0.01}}
+    with program(*FLUIDMCP, str(config), "--port", "0") as gateway:
+        url = gateway.until_said("ready at").split()[-1]
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=DEADLINE) as answer:
+            chunks = answer.iter_raw()
+            next(chunks)
+            for _ in range(times):
+                gateway.send(number)
+                time.sleep(0.03)
+            with pytest.raises(httpx.TransportError):
+                for _ in chunks:
+                    pass
+        assert gateway.ended() == -number
+        assert not mark.pids()
+        assert "Traceback" not in gateway.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_loads(program: Program, config: Path, mark: Mark, number: signal.Signals) -> None:
+    with program(*FLUIDMCP, str(config), "--port", "0") as gateway:
+        gateway.until_said("gateway on")
+        gateway.send(number)
+        assert gateway.ended() == -number
+        assert not mark.pids()
+
+
+def test_killed_and_started_again_at_once(program: Program, config: Path, mark: Mark) -> None:
+    """The predecessor's tree still holds the port; it is waited for, not taken for a stranger."""
+    command = [*FLUIDMCP, str(config), "--port", "0"]
+    with program(*command) as first:
+        first.until_said("ready at")
+        before = mark.pids()
+        first.send(signal.SIGKILL)
+        with program(*command) as second:
+            second.until_said("ready at")
+            assert not before & mark.pids()
+            second.send(signal.SIGTERM)
+            assert second.ended() == -signal.SIGTERM
+
+
+def test_a_second_one_is_refused(program: Program, config: Path, mark: Mark) -> None:
+    command = [*FLUIDMCP, str(config), "--port", "0"]
+    with program(*command) as first:
+        first.until_said("ready at")
+        second = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+        assert second.returncode == 3, second.stderr
+        assert f"the gateway with pid {first.pid} runs this configuration already" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert mark.count() == 3
+
+
+def test_a_port_that_is_taken_starts_no_model(config: Path, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        argv = [*FLUIDMCP, str(config), "--port", port]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 3, done.stderr
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"llmModels": {}}'])
+def test_a_bad_configuration(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "models.json"
+    if content is not None:
+        path.write_text(content)
+    done = subprocess.run([*FLUIDMCP, str(path)], capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert str(path) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# -- the app under other people's servers
+
+
+def test_under_uvicorn(program: Program, mark: Mark) -> None:
+    port = free_port()
+    with program(sys.executable, "-m", "uvicorn", "fluidmcp_proxy:app", "--port", str(port)) as server:
+        server.until_said("running on")
+        assert httpx.get(f"http://127.0.0.1:{port}/m/v1/models", timeout=DEADLINE).status_code == 200
+        server.send(signal.SIGTERM)
+        assert server.ended() == -signal.SIGTERM
+        assert not mark.pids()
+
+
+def test_uvicorn_with_two_workers_ends_as_a_whole(program: Program) -> None:
+    argv = [sys.executable, "-m", "uvicorn", "fluidmcp_proxy:app", "--port", str(free_port()), "--workers", "2"]
+    with program(*argv) as server:
+        server.ended()  # with any code: uvicorn's parent process does not pass it on
+        assert "runs this configuration already" in server.said
+        assert "--workers 1" in server.said
+
+
+def test_under_hypercorn(program: Program, mark: Mark) -> None:
+    port = free_port()
+    app = "fluidmcp_proxy:create_app()"
+    with program(sys.executable, "-m", "hypercorn", app, "-b", f"127.0.0.1:{port}") as server:
+        server.until_said("Running on")
+        assert httpx.get(f"http://127.0.0.1:{port}/m/v1/models", timeout=DEADLINE).status_code == 200
+        server.send(signal.SIGTERM)
+        server.ended()
+        assert not mark.pids()
