@@ -6,6 +6,7 @@ import math
 import signal
 import socket
 import sys
+from types import FrameType
 
 import anyio
 import click
@@ -17,7 +18,7 @@ from fluidmcp_proxy.cli.progress import report_progress
 from fluidmcp_proxy.config.load import load_config
 from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.config.settings import LogLevel, Settings
-from fluidmcp_proxy.errors import ConfigError
+from fluidmcp_proxy.errors import ConfigError, ungrouped
 from fluidmcp_proxy.gateway.app import Gateway
 
 __all__ = ["COULD_NOT_START", "run"]
@@ -66,10 +67,11 @@ def serve(config: GatewayConfig) -> int:
         server = _Server(Gateway(config), config.settings, listening)
         try:
             server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            # uvicorn gives SIGINT back when all is done, and Python makes this of it.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # before uvicorn has taken the signals, or after
+            server.ended_by = signal.SIGINT
+    if server.ended_by is not None:
+        signal.signal(server.ended_by, signal.SIG_DFL)
+        signal.raise_signal(server.ended_by)
     return 0 if server.started else COULD_NOT_START
 
 
@@ -98,6 +100,7 @@ class _Server(uvicorn.Server):
     def __init__(self, gateway: Gateway, settings: Settings, listening: socket.socket) -> None:
         self._gateway = gateway
         self._listening = listening
+        self.ended_by: int | None = None
         super().__init__(
             uvicorn.Config(
                 gateway,
@@ -112,13 +115,24 @@ class _Server(uvicorn.Server):
             )
         )
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; the signal is raised again when all is done, and not, as uvicorn would, in the event loop."""
+        self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+        self.should_exit = True
+        self.ended_by = sig
+
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(report_progress, self._gateway, self._listening.getsockname()[:2])
-            await super().serve(sockets)
-            tasks.cancel_scope.cancel()
+        with ungrouped():  # a start-up that fails comes as SystemExit
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(report_progress, self._gateway, self._listening.getsockname()[:2])
+                await super().serve(sockets)
+                tasks.cancel_scope.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop taking requests in the gateway and here together; uvicorn would tell it after the last one only."""
         self._gateway.begin_shutdown()
         await super().shutdown(sockets)
+        if self.force_exit:  # Ctrl-C twice: uvicorn would go at once, but the models have to be ended
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            await self.lifespan.shutdown()
