@@ -21,7 +21,7 @@ from fluidmcp_proxy.models.remote import RemoteServer
 from fluidmcp_proxy.models.scheduler import Scheduler
 from fluidmcp_proxy.models.supervisor import Supervisor
 from fluidmcp_proxy.process.output import Output
-from fluidmcp_proxy.process.owner import own
+from fluidmcp_proxy.process.owner import Ownership, own
 from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport, open_transport
 
 __all__ = ["Fleet", "address_of", "open_fleet"]
@@ -50,9 +50,9 @@ async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
         AlreadyOwned: another gateway runs this configuration.
     """
     async with AsyncExitStack() as stack:
-        lock = await _take_ownership(config, stack)
+        owner = await _take_ownership(config, stack)
         scheduler = Scheduler()
-        servers = {name: _server(model, config, scheduler, lock) for name, model in config.models.items()}
+        servers = {name: _server(model, config, scheduler, owner) for name, model in config.models.items()}
         for server in servers.values():
             scheduler.admit(server)
         fleet = Fleet(servers, scheduler)
@@ -75,8 +75,8 @@ def address_of(model: ModelConfig) -> Address:
     return Address(endpoint.scheme, endpoint.host, endpoint.port, endpoint.root)
 
 
-async def _take_ownership(config: GatewayConfig, stack: AsyncExitStack) -> int | None:
-    """The descriptor of the lock that guardians hold on to; None when nothing is launched, hence nothing owned."""
+async def _take_ownership(config: GatewayConfig, stack: AsyncExitStack) -> Ownership | None:
+    """None when nothing is launched, hence nothing owned."""
     launched = [model for model in config.models.values() if model.command is not None]
     if not launched:
         return None
@@ -85,7 +85,7 @@ async def _take_ownership(config: GatewayConfig, stack: AsyncExitStack) -> int |
 
 
 def _server(
-    model: ModelConfig, config: GatewayConfig, scheduler: Scheduler, lock: int | None
+    model: ModelConfig, config: GatewayConfig, scheduler: Scheduler, owner: Ownership | None
 ) -> Supervisor | RemoteServer:
     connect = partial(_connect, model)
     drain = partial(scheduler.drain, model.id, config.settings.drain_timeout)
@@ -99,7 +99,7 @@ def _server(
         progress=partial(scheduler.progress, model.id),
         stall_timeout=model.stall_timeout,
     )
-    launcher = ProcessLauncher(model, output, lock)
+    launcher = ProcessLauncher(model, output, owner)
     return Supervisor(model, launcher, connect=connect, drain=drain, until_stalled=stalled if model.liveness else None)
 
 

@@ -15,6 +15,7 @@ from fluidmcp_proxy.models.supervisor import CannotStart
 from fluidmcp_proxy.process.group import CommandError, NoProcess, ProcessGroup, open_process_group
 from fluidmcp_proxy.process.listener import can_verify, port_is_free, resolve, verified_address
 from fluidmcp_proxy.process.output import Output
+from fluidmcp_proxy.process.owner import Ownership
 from fluidmcp_proxy.upstream.client import Address
 
 __all__ = ["ProcessLauncher"]
@@ -23,10 +24,10 @@ __all__ = ["ProcessLauncher"]
 class ProcessLauncher:
     """Starts the ``command`` of a model, each time into a new process group with ``output`` as its terminal."""
 
-    def __init__(self, model: ModelConfig, output: Output, lock_fd: int | None) -> None:
+    def __init__(self, model: ModelConfig, output: Output, owner: Ownership | None) -> None:
         self._model = model
         self._output = output
-        self._lock_fd = lock_fd
+        self._owner = owner
 
     def tail(self, lines: int) -> list[str]:
         """The last lines of the last launch's output, secrets redacted."""
@@ -49,7 +50,7 @@ class ProcessLauncher:
                 env=child_environment(model),
                 stop_timeout=model.stop_timeout,
                 output=self._output,
-                lock_fd=self._lock_fd,
+                owner=self._owner,
                 name=model.id,
             )
             async with group as process:

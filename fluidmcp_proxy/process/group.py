@@ -27,17 +27,15 @@ from fluidmcp_proxy.errors import FluidMCPError, ungrouped
 from fluidmcp_proxy.process import tree
 from fluidmcp_proxy.process.guard import Guard
 from fluidmcp_proxy.process.output import Output
+from fluidmcp_proxy.process.owner import MARKER, Ownership
+from fluidmcp_proxy.process.sweep import sweep
 
 __all__ = ["MARKER", "CommandError", "ExitStatus", "NoProcess", "ProcessGroup", "open_process_group"]
 
 logger = logging.getLogger("fluidmcp_proxy.process")
 
-MARKER = "FLUIDMCP_INTERNAL_TREE"
-"""Variable whose value, made anew for each launch, marks every process of a tree."""
-
-_SWEEP_PERIOD = 0.02
 _DRAIN_PATIENCE = 2.0
-_PATIENCE = 5.0
+_PATIENCE = 2.0
 
 
 class CommandError(FluidMCPError):
@@ -142,17 +140,7 @@ class ProcessGroup:
         with anyio.move_on_after(_DRAIN_PATIENCE):
             await self._over.wait()  # what it said last may not have been read yet
         if not self._is_empty:
-            await self._sweep()
-
-    async def _sweep(self) -> None:
-        """Kill what a guardian that did not finish has left, until a look finds nothing."""
-        tree.kill_cgroup(self._cgroup)
-        while left := tree.members(self._head, self._marker):
-            for process in left:
-                with suppress(OSError):
-                    os.kill(process.pid, signal.SIGKILL)
-            await anyio.sleep(_SWEEP_PERIOD)
-        tree.remove_cgroup(self._cgroup)
+            await sweep(self._head, self._marker, self._cgroup)
 
 
 @asynccontextmanager
@@ -162,13 +150,13 @@ async def open_process_group(
     env: Mapping[str, str],
     stop_timeout: float,
     output: Output,
-    lock_fd: int | None = None,
+    owner: Ownership | None = None,
     name: str = "",
 ) -> AsyncIterator[ProcessGroup]:
     """Run ``argv`` as the head of a new session with ``env`` as its whole environment; leaving ends its whole tree.
 
     Standard output and standard error go to ``output``. ``stop_timeout`` is the grace in seconds between SIGTERM and
-    SIGKILL. ``lock_fd`` is inherited by the guardian, so that a lock on it is held until the tree is gone.
+    SIGKILL. The guardian holds on to the ``owner``'s lock until the tree is gone.
 
     Raises:
         CommandError: the command cannot be run.
@@ -178,12 +166,13 @@ async def open_process_group(
     if any("\0" in text for text in argv):
         raise CommandError(f"command '{argv[0]}' cannot be run: there is a null character in its arguments")
     token = secrets.token_hex(16)
-    env = {**env, MARKER: token}
+    mark = f"{owner.key}.{token}" if owner else token
+    env = {**env, MARKER: mark}
     try:
-        guard = Guard(env, lock_fd)
+        guard = Guard(env, owner.descriptor if owner else None)
     except OSError as error:
         raise NoProcess(f"no process can be made: {error.strerror}") from error
-    group = ProcessGroup(guard, f"{MARKER}={token}")
+    group = ProcessGroup(guard, f"{MARKER}={mark}")
     try:
         with ungrouped():
             async with anyio.create_task_group() as tasks:

@@ -12,8 +12,8 @@ and "no child left" (``waitpid`` says ECHILD) means that the tree is empty.
 * fd 2: becomes the head's standard output and standard error; the guardian writes nothing there.
 
 The end of the tree: SIGTERM and SIGCONT once to every process, ``stop_timeout`` seconds of grace, then SIGKILL until
-it is empty. The same when the head ends by itself and leaves others behind. Everything inherited beyond fd 2 (the
-lock of the configuration) is kept open until the guardian exits and is closed in the head.
+it is empty. The same, with a second of grace, when the head ends by itself and leaves others behind. Everything
+inherited beyond fd 2 (the lock of the configuration) is kept open until the guardian exits and is closed in the head.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ ON_LINUX = sys.platform == "linux"
 IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGPIPE", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGUSR1", "SIGUSR2")
 POLL = 0.02
 """Seconds between two looks at a tree that is ending."""
+RESCAN = 0.25  # the same for members that appear during the grace
+ORPHANS_GRACE = 1.0
+"""Longest grace in seconds for what a head that ended by itself has left: nobody can shut it down in order any more."""
 
 
 class Tree:
@@ -111,6 +114,15 @@ class Tree:
             with contextlib.suppress(OSError):
                 if self.head_is_gone or os.getpgid(pid) != self.head:
                     os.kill(pid, number)
+
+    def tell(self, told: set[int]) -> set[int]:
+        """SIGTERM and SIGCONT to the members that appeared since: vLLM forks workers while it is being told to end."""
+        fresh = self.members() - told
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            for pid in fresh:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, number)
+        return fresh
 
     def kill(self) -> None:
         """SIGKILL to everything, frozen first so that nobody forks while the others are killed."""
@@ -263,16 +275,20 @@ def serve(tree: Tree, gateway: list[int], wakeup: int) -> None:
 def end(tree: Tree, wakeup: int, grace: float) -> None:
     """Leave nothing."""
     tree.reap()
+    told = tree.members()
     if not tree.is_empty:
         tree.signal(signal.SIGTERM)
         tree.signal(signal.SIGCONT)
-    deadline = time.monotonic() + grace
+    deadline, rescan = time.monotonic() + grace, time.monotonic() + RESCAN
     pause = POLL
     while not tree.is_empty:
         left = deadline - time.monotonic()
         if left <= 0:
             tree.kill()
-        wait = pause if left <= 0 else left if ON_LINUX else min(left, POLL)
+        elif time.monotonic() >= rescan:  # not at each death: what was just forked has its parent's handler yet
+            told |= tree.tell(told)
+            rescan = time.monotonic() + RESCAN
+        wait = pause if left <= 0 else min(left, RESCAN if ON_LINUX else POLL)
         woken = select.select([wakeup], [], [], wait)[0]
         pause = POLL if woken else min(2 * pause, 1.0)  # what cannot be killed is not worth a core
         drain(wakeup)
@@ -305,7 +321,8 @@ def main() -> None:
     else:
         report(pid=tree.head, cgroup=tree.cgroup)
         serve(tree, gateway, wakeup)
-    end(tree, wakeup, order["stop_timeout"])
+    grace = order["stop_timeout"]
+    end(tree, wakeup, min(grace, ORPHANS_GRACE) if tree.head_is_gone else grace)
     if tree.cgroup:
         with contextlib.suppress(OSError):
             os.rmdir(tree.cgroup)

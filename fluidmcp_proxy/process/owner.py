@@ -1,7 +1,8 @@
 """One gateway per configuration on a machine: a lock that outlives the gateway for as long as its models do.
 
 The lock is an ``flock`` on a file in the runtime folder. Guardians inherit its descriptor, so that it stays taken
-until the last tree of processes is gone, however the gateway went; the file says whose it is.
+until the last tree of processes is gone, however the gateway went; the file says whose it is. Whoever gets the lock
+ends what carries its mark still: a gateway and its guardians that were killed together leave it to the next one.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import anyio
 
 from fluidmcp_proxy.errors import FluidMCPError
-from fluidmcp_proxy.process.tree import find
+from fluidmcp_proxy.process.sweep import sweep
+from fluidmcp_proxy.process.tree import find, members
 
-__all__ = ["AlreadyOwned", "own"]
+__all__ = ["MARKER", "AlreadyOwned", "Ownership", "own"]
+
+MARKER = "FLUIDMCP_INTERNAL_TREE"
+"""Variable that marks every process of a tree: the key of the owner, a dot, and a token made anew for each launch."""
+
 
 _PERIOD = 0.05
+_ORPHANS_PATIENCE = 10.0
 
 
 class AlreadyOwned(FluidMCPError):
@@ -40,9 +48,16 @@ class AlreadyOwned(FluidMCPError):
         super().__init__(f"already_running: {problem}; {remedy}")
 
 
+class Ownership(NamedTuple):
+    """The lock's ``descriptor``, for guardians to inherit, and the ``key`` that marks the owner's processes."""
+
+    descriptor: int
+    key: str
+
+
 @asynccontextmanager
-async def own(identity: str, runtime_dir: Path, patience: float) -> AsyncIterator[int]:
-    """Hold the lock on a configuration; yields its descriptor, for guardians to inherit.
+async def own(identity: str, runtime_dir: Path, patience: float) -> AsyncIterator[Ownership]:
+    """Hold the lock on a configuration.
 
     Waits up to ``patience`` seconds for the models of an owner that is gone itself.
 
@@ -50,17 +65,24 @@ async def own(identity: str, runtime_dir: Path, patience: float) -> AsyncIterato
         AlreadyOwned: the owner is alive, or its models outlast the patience.
         FluidMCPError: the runtime folder cannot be used.
     """
-    descriptor = _open(runtime_dir, hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:24] + ".lock")
+    name = _digest(identity) + ".lock"
+    descriptor = _open(runtime_dir, name)
+    key = _digest(os.path.join(os.path.realpath(runtime_dir), name))  # noqa: ASYNC240 - no slower than opening it
     try:
         await _lock(descriptor, identity, patience)
+        await _end_orphans(identity, f"{MARKER}={key}.", descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {_started(os.getpid())}\n{identity}\n".encode("utf-8", "replace"), 0)
-        yield descriptor
+        yield Ownership(descriptor, key)
         # Every tree is gone. Said, since a process that the host has forked may hold a copy of the descriptor.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         # The file stays: removing it could leave two gateways with a lock on two files of one name.
         os.close(descriptor)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
 
 
 async def _lock(descriptor: int, identity: str, patience: float) -> None:
@@ -74,6 +96,15 @@ async def _lock(descriptor: int, identity: str, patience: float) -> None:
             if alive or anyio.current_time() >= deadline:
                 raise AlreadyOwned(identity, pid, alive=alive) from None
         await anyio.sleep(_PERIOD)
+
+
+async def _end_orphans(identity: str, mark: str, descriptor: int) -> None:
+    """Kill what a gateway has left that was killed together with its guardians."""
+    if any(members(None, mark)):
+        with anyio.move_on_after(_ORPHANS_PATIENCE) as limit:
+            await sweep(None, mark)
+        if limit.cancelled_caught:
+            raise AlreadyOwned(identity, _owner(descriptor)[0], alive=False)
 
 
 def _owner(descriptor: int) -> tuple[int | None, bool]:

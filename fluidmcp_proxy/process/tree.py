@@ -26,13 +26,16 @@ class Process:
 
 
 def processes() -> Iterator[Process]:
-    """Every process that is no zombie."""
+    """Every process that is no zombie, the youngest first and each read only when it is asked for.
+
+    So one that forks and exits all the time is looked at before it has passed its place on.
+    """
     try:
-        names = os.listdir("/proc")
+        names = filter(str.isdigit, os.listdir("/proc"))
     except OSError:
         return
-    for name in names:
-        if name.isdigit() and (process := _read(name)) is not None:
+    for name in sorted(names, key=int, reverse=True):
+        if (process := _read(name)) is not None:
             yield process
 
 
@@ -69,17 +72,15 @@ def _by_parent() -> Callable[[int], list[int]]:
     return lambda pid: children.get(pid, [])
 
 
-def members(head: Process | None, marker: str) -> list[Process]:
+def members(head: Process | None, marker: str) -> Iterator[Process]:
     """The processes of the session or group of ``head``, and those that carry ``marker`` in their environment."""
-    everyone = list(processes())
-    if any(head and process.pid == head.pid and process.started != head.started for process in everyone):
+    now = head and find(head.pid)
+    if head and now and now.started != head.started:
         head = None  # its number is somebody else's by now, and so is the session of that number
     wanted = marker.encode()
-    return [
-        process
-        for process in everyone
-        if (head and head.pid in (process.session, process.group)) or wanted in _environment(process.pid)
-    ]
+    for process in processes():
+        if (head and head.pid in (process.session, process.group)) or wanted in _environment(process.pid):
+            yield process
 
 
 def _read(name: str) -> Process | None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -18,6 +18,7 @@ import pytest
 from fluidmcp_proxy.process import guardian
 from fluidmcp_proxy.process.group import CommandError, ExitStatus, ProcessGroup, find_program, open_process_group
 from fluidmcp_proxy.process.output import Output
+from fluidmcp_proxy.process.owner import Ownership
 from tests.process.marks import STUB_COMMAND, Mark, guardians
 
 pytestmark = pytest.mark.anyio
@@ -27,11 +28,11 @@ READY_WITHIN = 10
 
 @asynccontextmanager
 async def running(
-    mark: Mark, *argv: str, stop_timeout: float = 5.0, output: Output | None = None, lock_fd: int | None = None
+    mark: Mark, *argv: str, stop_timeout: float = 5.0, output: Output | None = None, owner: Ownership | None = None
 ) -> AsyncIterator[ProcessGroup]:
     output = output or Output(None)
     group = open_process_group(
-        argv, env=mark.environment(), stop_timeout=stop_timeout, output=output, lock_fd=lock_fd, name="m"
+        argv, env=mark.environment(), stop_timeout=stop_timeout, output=output, owner=owner, name="m"
     )
     with anyio.fail_after(30):
         async with group as process:
@@ -99,7 +100,7 @@ async def test_the_head_has_dev_null_and_the_output_and_no_other_descriptor(mark
         output = Output(None)
         script = "import os; print({n: os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')[:-1]})"
         argv = [sys.executable, "-I", "-S", "-c", script]
-        async with running(mark, *argv, output=output, lock_fd=lock.fileno()) as group:
+        async with running(mark, *argv, output=output, owner=Ownership(lock.fileno(), "key")) as group:
             await group.wait()
         found: dict[str, str] = eval(output.tail(1)[0])
         assert set(found) == {"0", "1", "2"}
@@ -110,7 +111,7 @@ async def test_the_head_has_dev_null_and_the_output_and_no_other_descriptor(mark
 
 async def test_the_guardian_holds_the_lock(mark: Mark, tmp_path: Path) -> None:
     with open(tmp_path / "lock", "w") as lock:
-        async with running(mark, "/bin/sleep", "60", lock_fd=lock.fileno()):
+        async with running(mark, "/bin/sleep", "60", owner=Ownership(lock.fileno(), "key")):
             (guardian,) = guardians(os.getpid())
             folder = Path(f"/proc/{guardian}/fd")
             assert str(tmp_path / "lock") in [os.readlink(link) for link in folder.iterdir()]
@@ -403,3 +404,53 @@ async def test_a_cgroup_of_its_own_that_goes_with_the_tree(mark: Mark, cgroups: 
             await group.wait()
     assert mark.pids() == set()
     assert not made.exists()
+
+
+@pytest.mark.parametrize("victim", ["guardian", "both"])
+async def test_a_storm_after_its_guardian_is_killed(mark: Mark, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
+    """Without a cgroup's help, and also when the head dies with it."""
+    monkeypatch.setattr("fluidmcp_proxy.process.tree.kill_cgroup", lambda folder: None)
+    async with running(mark, *STUB_COMMAND, "--never-ready", "--fork-storm", "--ignore-sigterm") as group:
+        while mark.count() < 2:
+            await anyio.sleep(0.01)
+        os.kill(guardians(os.getpid())[0], signal.SIGKILL)
+        if victim == "both":
+            with suppress(ProcessLookupError):
+                os.kill(group.pid, signal.SIGKILL)
+        await group.wait()
+    assert mark.pids() == set()
+
+
+LATE_FORK = """
+import os, signal, time
+def on_term(number, frame):
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(60)
+    os._exit(0)
+signal.signal(signal.SIGTERM, on_term)
+print("ready", flush=True)
+while True: time.sleep(60)
+"""
+
+
+async def test_what_is_forked_during_the_grace_is_told_too(mark: Mark) -> None:
+    """It need not wait for SIGKILL."""
+    output = Output(None)
+    began = 0.0
+    async with running(mark, sys.executable, "-c", LATE_FORK, stop_timeout=60, output=output):
+        while output.tail(1) != ["ready"]:
+            await anyio.sleep(0.01)
+        began = time.monotonic()
+    assert time.monotonic() - began < 30
+    assert mark.pids() == set()
+
+
+async def test_the_rest_of_a_head_that_ended_by_itself_gets_a_short_grace(mark: Mark) -> None:
+    """A restart shall not wait for ``stop_timeout``."""
+    script = "(trap '' TERM; sleep 61 & wait; sleep 62) & exit 1"
+    began = time.monotonic()
+    async with running(mark, "/bin/sh", "-c", script, stop_timeout=60) as group:
+        await group.wait()
+    assert time.monotonic() - began < 30
+    assert mark.pids() == set()

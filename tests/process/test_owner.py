@@ -17,8 +17,9 @@ import pytest
 
 from fluidmcp_proxy.errors import FluidMCPError
 from fluidmcp_proxy.process import owner
-from fluidmcp_proxy.process.owner import AlreadyOwned, own
-from tests.serving import eventually
+from fluidmcp_proxy.process.owner import MARKER, AlreadyOwned, own
+from tests.process.marks import Mark
+from tests.serving import DEADLINE, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -148,8 +149,8 @@ async def test_a_process_that_was_forked_does_not_own_after_us(tmp_path: Path) -
 
 
 async def test_a_descriptor_is_not_inherited_by_chance(tmp_path: Path) -> None:
-    async with own("config", tmp_path, 0) as descriptor:
-        assert not os.get_inheritable(descriptor)
+    async with own("config", tmp_path, 0) as ownership:
+        assert not os.get_inheritable(ownership.descriptor)
 
 
 # -- the folder
@@ -202,3 +203,29 @@ def test_the_owner_of_another_user_counts_as_alive(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.kill", refuse)
     assert owner._is_alive(os.getpid())
     assert eventually(lambda: owner._started(os.getpid()))
+
+
+# -- what a gateway left that was killed together with its guardian
+
+
+async def test_the_next_owner_ends_the_orphans(mark: Mark, tmp_path: Path) -> None:
+    async with own("config", tmp_path, 0) as ownership:
+        orphans = mark.environment(**{MARKER: f"{ownership.key}.1"})
+    strangers = mark.environment(**{MARKER: "somebody-else.1"})
+    with (
+        subprocess.Popen(["/bin/sleep", "60"], env=orphans) as orphan,
+        subprocess.Popen(["/bin/sleep", "60"], env=strangers) as stranger,
+    ):
+        try:
+            mark.wait_for(2)
+            async with own("config", tmp_path, 0):
+                assert orphan.wait(DEADLINE) == -signal.SIGKILL
+                assert mark.pids() == {stranger.pid}
+        finally:
+            orphan.kill()
+            stranger.kill()
+
+
+async def test_another_folder_is_another_owner(tmp_path: Path) -> None:
+    async with own("config", tmp_path / "a", 0) as one, own("config", tmp_path / "b", 0) as other:
+        assert one.key != other.key
