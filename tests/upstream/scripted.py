@@ -47,17 +47,30 @@ class Peer:
         return head + b"\r\n\r\n"
 
     async def body(self, size: int) -> bytes:
+        """The next ``size`` bytes; a client that leaves before ends the script."""
         while len(self.buffer) < size:
             data = await self.receive()
-            assert data, "the client left inside its body"
+            if not data:
+                raise anyio.EndOfStream
             self.buffer += data
         body, self.buffer = self.buffer[:size], self.buffer[size:]
         return body
 
+    async def skip(self, size: int) -> None:
+        """Read a body of ``size`` bytes and forget it."""
+        size -= len(self.buffer)
+        self.buffer = b""
+        while size:
+            data = await self.receive()
+            if not data:
+                raise anyio.EndOfStream
+            size -= len(data)
+
     async def until(self, end: bytes) -> bytes:
         while not self.buffer.endswith(end):
             data = await self.receive()
-            assert data, "the client left inside its body"
+            if not data:
+                raise anyio.EndOfStream
             self.buffer += data
         body, self.buffer = self.buffer, b""
         return body
@@ -87,16 +100,11 @@ class Server:
 
 
 @asynccontextmanager
-async def serve(script: Script, *, tls: bool = False, uds: str | None = None) -> AsyncIterator[Server]:
+async def serve(script: Script, *, tls: bool = False) -> AsyncIterator[Server]:
     """Run ``script`` for every connection; leaving closes them all."""
-    listener: Any
-    if uds is not None:
-        listener = await anyio.create_unix_listener(uds)
-        address = Address("http", "localhost", 80, uds=uds)
-    else:
-        listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
-        port = listener.extra(anyio.abc.SocketAttribute.local_port)
-        address = Address("https" if tls else "http", "localhost" if tls else "127.0.0.1", port)
+    listener: Any = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    address = Address("https" if tls else "http", "localhost" if tls else "127.0.0.1", port)
     if tls:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(CERTIFICATE)
@@ -155,10 +163,15 @@ async def ask(
     body: Any = None,
 ) -> Answer:
     """One whole exchange."""
-    async with transport.exchange(method, target, [HOST, *(headers or [])], body) as answer:
-        chunks = [chunk async for chunk in answer.body]
-        assert all(chunks), "an empty chunk"
-        return Answer(answer.status, answer.reason, answer.headers, b"".join(chunks))
+    try:
+        async with transport.exchange(method, target, [HOST, *(headers or [])], body) as answer:
+            chunks = [chunk async for chunk in answer.body]
+            assert all(chunks), "an empty chunk"
+            return Answer(answer.status, answer.reason, answer.headers, b"".join(chunks))
+    finally:
+        if hasattr(body, "aclose"):
+            with anyio.CancelScope(shield=True):
+                await body.aclose()
 
 
 def answering(data: bytes, *, then_close: bool = False) -> Script:
