@@ -17,7 +17,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,14 +104,17 @@ class ProcessGroup:
     async def _listen(self) -> None:
         """Take the guardian's reports until it is gone."""
         rest = b""
-        with suppress(anyio.EndOfStream):
+        try:
             while True:
                 *lines, rest = (rest + await self._guard.reports.receive()).split(b"\n")
                 for line in lines:
                     self._take(json.loads(line))
-        self._started.set()
-        self._exited.set()
-        self._over.set()
+        except anyio.EndOfStream:
+            pass
+        finally:  # also when the event loop is torn down
+            self._started.set()
+            self._exited.set()
+            self._over.set()
 
     def _take(self, report: dict[str, Any]) -> None:
         if "pid" in report:

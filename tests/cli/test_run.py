@@ -210,6 +210,22 @@ def test_under_uvicorn(program: Program, mark: Mark) -> None:
         assert not mark.pids()
 
 
+def test_uvicorn_interrupted_twice_with_a_stream(program: Program, mark: Mark) -> None:
+    """It leaves without the end of the lifespan, and the event loop is torn down around what still runs."""
+    port = free_port()
+    body = {"model": "m", "prompt": "x", "stream": True, "max_tokens": 9999, "stub": {"token-interval": 0.01}}
+    with program(sys.executable, "-m", "uvicorn", "fluidmcp_proxy:app", "--port", str(port)) as server:
+        server.until_said("running on")
+        url = f"http://127.0.0.1:{port}/m/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=DEADLINE) as answer:
+            next(answer.iter_raw())
+            for _ in range(2):
+                server.send(signal.SIGINT)
+                time.sleep(0.03)
+            server.ended()
+        eventually(lambda: not mark.pids(), "the end of the models")
+
+
 def test_uvicorn_with_two_workers_ends_as_a_whole(program: Program) -> None:
     argv = [sys.executable, "-m", "uvicorn", "fluidmcp_proxy:app", "--port", str(free_port()), "--workers", "2"]
     with program(*argv) as server:
