@@ -19,7 +19,7 @@ from fluidmcp_proxy.process import guardian
 from fluidmcp_proxy.process.group import CommandError, ExitStatus, ProcessGroup, find_program, open_process_group
 from fluidmcp_proxy.process.output import Output
 from fluidmcp_proxy.process.owner import Ownership
-from tests.process.marks import STUB_COMMAND, Mark, guardians
+from tests.process.marks import STUB_COMMAND, Mark, content, guardians
 
 pytestmark = pytest.mark.anyio
 
@@ -389,13 +389,17 @@ def cgroups() -> Path:
     return Path(made).parent
 
 
+def path_of_cgroup(pid: int) -> list[str]:
+    (line,) = (line for line in content(pid, "cgroup").decode().splitlines() if line.startswith("0::"))
+    return line.split("/")
+
+
 @pytest.mark.parametrize("guardian_dies", [False, True])
 async def test_a_cgroup_of_its_own_that_goes_with_the_tree(mark: Mark, cgroups: Path, guardian_dies: bool) -> None:
-    before = set(cgroups.glob("fluidmcp-*"))
     argv = [*STUB_COMMAND, "--never-ready", "--grandchild", "--ignore-sigterm"]
     async with running(mark, *argv, stop_timeout=0.1) as group:
         mark.wait_for(3)
-        (made,) = set(cgroups.glob("fluidmcp-*")) - before
+        (made,) = (folder for folder in cgroups.glob("fluidmcp-*") if folder.name in path_of_cgroup(group.pid))
         members = {int(line) for line in (made / "cgroup.procs").read_text().split()}
         assert members == mark.pids()
         assert os.getpid() not in members
