@@ -61,6 +61,10 @@ class Connection(asyncio.Protocol):
 
     # The exchange's side.
 
+    def is_open(self) -> bool:
+        """Whether it has not been closed by either side, as far as is known."""
+        return self.answer.clean and not self._transport.is_closing()
+
     def is_reusable(self) -> bool:
         """Whether nothing came while it was idle; asks the kernel, for the event loop may have had no turn."""
         return self.answer.clean and not self._poll.poll(0)
@@ -77,7 +81,7 @@ class Connection(asyncio.Protocol):
         """End the exchange; true if the connection may serve another one, else it is closed."""
         self._busy = False
         self.disarm()
-        if self.answer.clean and self.answer.complete and not self._uploading and not self._transport.is_closing():
+        if self.answer.complete and not self._uploading and self.is_open():
             self.take()
             self.idle_since = self._loop.time()
             return True

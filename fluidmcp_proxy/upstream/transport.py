@@ -62,6 +62,8 @@ class AsyncioTransport:
     async def aclose(self) -> None:
         """Close every connection; exchanges under way end with ``UpstreamDisconnected``."""
         self._closed = True
+        if self._loop is not asyncio.get_running_loop():
+            return  # unused, or its event loop took the sockets along
         self._stop_sweep()
         self._idle.clear()
         for connection in list(self._all):
@@ -110,6 +112,9 @@ class AsyncioTransport:
         except (OSError, UnicodeError) as error:  # TimeoutError and ssl.SSLError are OSErrors
             raise UpstreamUnavailable("The model's server cannot be reached.") from error
         self.opened += 1
+        if not connection.is_open():
+            # Nothing of the request has left, so this is still a connect that failed.
+            raise UpstreamUnavailable("The model's server closed the connection at once.")
         return connection
 
     async def _dial(self) -> Connection:
@@ -121,7 +126,8 @@ class AsyncioTransport:
             await loop.create_unix_connection(lambda: connection, address.uds, ssl=tls, server_hostname=name)
         else:
             await loop.create_connection(lambda: connection, address.host, address.port, ssl=tls, server_hostname=name)
-        self._all.add(connection)
+        if connection.is_open():
+            self._all.add(connection)
         return connection
 
     def _tls_context(self) -> ssl.SSLContext:

@@ -6,7 +6,8 @@ import anyio
 import pytest
 
 from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamError, UpstreamInvalidResponse, UpstreamUnavailable
-from fluidmcp_proxy.upstream.client import Transport
+from fluidmcp_proxy.upstream.client import Timeouts, Transport
+from fluidmcp_proxy.upstream.connection import Connection
 from fluidmcp_proxy.upstream.transport import AsyncioTransport
 
 from .scripted import HOST, OK, Peer, ask, connect, serve
@@ -211,6 +212,37 @@ async def test_a_bad_answer_costs_no_other_request(wire: str) -> None:
             assert (await ask(transport)).body == b"ok"
             with pytest.raises(UpstreamInvalidResponse):
                 await ask(transport, target=b"/bad")
+
+
+async def test_server_that_hangs_up_at_once(wire: str) -> None:
+    async def script(peer: Peer) -> None:
+        pass
+
+    async with serve(script) as server, connect(server, wire) as transport:
+        for _ in range(10):
+            with pytest.raises((UpstreamUnavailable, UpstreamDisconnected)):
+                await ask(transport)
+
+
+@RAW
+async def test_hung_up_before_anything_was_sent_is_a_failed_connect(wire: str) -> None:
+    class Late(AsyncioTransport):
+        async def _dial(self) -> Connection:
+            connection = await super()._dial()
+            while connection.is_open():
+                await anyio.sleep(0)
+            await anyio.sleep(0.01)
+            return connection
+
+    async def script(peer: Peer) -> None:
+        pass
+
+    async with serve(script) as server:
+        transport = Late(server.address, Timeouts())
+        with pytest.raises(UpstreamUnavailable):
+            await ask(transport)
+        assert repr(transport).endswith("0 connections, 0 of them idle>")
+        await transport.aclose()
 
 
 @RAW
