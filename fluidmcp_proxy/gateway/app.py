@@ -189,8 +189,7 @@ class Gateway:
 
 
 class _LeasedTransport:
-    """A model's transport for ``Gateway.client``: each exchange holds a lease, as a request through the gateway
-    does."""
+    """A model's transport for ``Gateway.client``: each exchange holds a lease, as a request from outside does."""
 
     def __init__(self, gateway: Gateway, model: str) -> None:
         self._gateway = gateway
