@@ -15,6 +15,7 @@ import uvicorn
 from fluidmcp_proxy.cli.faults import BadConfiguration
 from fluidmcp_proxy.cli.logs import configure_logging
 from fluidmcp_proxy.cli.progress import report_progress
+from fluidmcp_proxy.config.endpoint import LOOPBACK, canonical_host
 from fluidmcp_proxy.config.load import load_config
 from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.config.settings import LogLevel, Settings
@@ -27,6 +28,8 @@ COULD_NOT_START = 3
 """Exit code: the configuration is good, but the port is taken, or another gateway runs it."""
 
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+_OPEN = "whoever reaches it may use the models"
 # Longer than the clients' pools keep an idle connection, so that they close it and not we (the keep-alive race).
 _KEEP_ALIVE = 75
 # What the gateway needs after the drain to end the streams that it cuts.
@@ -54,6 +57,8 @@ def run(
     except ConfigError as error:
         raise BadConfiguration(error) from None
     configure_logging(loaded.settings.log_level)
+    if canonical_host(loaded.settings.host) != LOOPBACK or loaded.settings.host in _WILDCARDS:
+        click.echo(f"warning: {loaded.settings.host} is open to the network, and there are no keys: {_OPEN}", err=True)
     sys.exit(serve(loaded))
 
 

@@ -243,3 +243,12 @@ def test_under_hypercorn(program: Program, mark: Mark) -> None:
         server.send(signal.SIGTERM)
         server.ended()
         assert not mark.pids()
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_being_open_to_the_network_is_said(program: Program, config: Path, host: str, warned: bool) -> None:
+    with program(*FLUIDMCP, str(config), "--port", "0", "--host", host) as gateway:
+        gateway.until_said("FluidMCP gateway on")
+        assert ("open to the network" in gateway.said) is warned
+        gateway.send(signal.SIGTERM)
+        gateway.ended()
