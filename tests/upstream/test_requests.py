@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from fluidmcp_proxy.errors import InvalidTarget, UpstreamDisconnected, UpstreamTimeout
 from fluidmcp_proxy.upstream.client import Address, Timeouts
 
-from .scripted import HOST, OK, Peer, ask, connect, serve
+from .scripted import DEADLINE, HOST, OK, Peer, ask, connect, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -256,6 +257,32 @@ async def test_early_answer_while_the_upload_runs(wire: str, then: str) -> None:
             await done.wait()
         await ask(transport)
         assert server.connections == 2, "a connection with half a request on it was used again"
+
+
+@RAW
+async def test_early_answer_that_is_still_in_the_kernel_when_sending_fails(wire: str) -> None:
+    """The loop has no turn between the server's last words and the upload's next write."""
+    closed = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            with listener.accept()[0] as peer:
+                peer.recv(10)  # the rest stays unread, so that closing resets
+                peer.sendall(b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 3\r\n\r\nbig")
+            closed.set()
+
+        async def upload() -> AsyncIterator[bytes]:
+            yield b"x"
+            assert closed.wait(DEADLINE)
+            while True:
+                yield b"x" * 65536
+
+        address = Address("http", "127.0.0.1", listener.getsockname()[1])
+        with anyio.fail_after(DEADLINE):
+            async with connect(address, wire) as transport, anyio.create_task_group() as tasks:
+                tasks.start_soon(anyio.to_thread.run_sync, refuse)
+                answer = await ask(transport, b"POST", body=upload())
+                assert (answer.status, answer.body) == (413, b"big")
 
 
 @RAW
