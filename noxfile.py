@@ -85,9 +85,9 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Every example, run."""
+    """Every example, run, and the documentation's."""
     session.install("-e", ".", *group("examples"))
-    session.run("pytest", "tests/examples", *session.posargs)
+    session.run("pytest", "tests/examples", "tests/test_docs.py", *session.posargs)
 
 
 @nox.session

@@ -22,7 +22,10 @@ def main(wheel: str) -> None:
     for command in ([str(scripts / "fluidmcp"), "--version"], [sys.executable, "-m", "fluidmcp_proxy", "--help"]):
         output = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout
         assert "fluidmcp" in output, output
-    code = "import fluidmcp_proxy, threading; assert threading.active_count() == 1; print(fluidmcp_proxy.__file__)"
+    audit = Path(__file__).with_name("audit_import.py").resolve()
+    effects = subprocess.run([sys.executable, "-I", audit], cwd="/", capture_output=True, text=True, check=True).stdout
+    assert effects == "", effects
+    code = "import fluidmcp_proxy; print(fluidmcp_proxy.__file__)"
     where = subprocess.run(
         [sys.executable, "-I", "-c", code], cwd="/", capture_output=True, text=True, check=True
     ).stdout

@@ -1,27 +1,47 @@
-"""The documentation says what the code does: its links, its blocks, its lists."""
+"""The documentation says what the code does: its links, its blocks, its lists, the messages that it quotes."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import click
 import pytest
+import uvicorn
+from starlette.testclient import TestClient
 
-from fluidmcp_proxy import errors
+import fluidmcp_proxy
+from fluidmcp_proxy import Gateway, errors
 from fluidmcp_proxy.cli import main
 from fluidmcp_proxy.config.load import parse_config
+from fluidmcp_proxy.config.migrate import migrate
+from fluidmcp_proxy.gateway import pages
+from fluidmcp_proxy.models.launcher import _port_in_use
+from fluidmcp_proxy.models.scheduler import Scheduler
+from fluidmcp_proxy.models.state import ModelState, ModelStatus
+from fluidmcp_proxy.process.group import CommandError, find_program
+from fluidmcp_proxy.process.owner import AlreadyOwned
+from tests.serving import stub
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-LATER = {"AmbiguousModel", "HostNotAllowed", "InvalidApiKey", "InvalidJSON", "ModelRequired", "OriginNotAllowed"}
-LATER |= {"QueueFull", "RequestTimeout"}
-"""Exceptions that nothing raises yet."""
+INLINE = re.compile(r"`(fluidmcp [a-z][^`…]*)`")
+VARIABLES = {"HF_TOKEN": "hf_example", "OPENAI_API_KEY": "sk-example"}
+
+
+def text_of(page: str) -> str:
+    return (ROOT / "docs" / page).read_text()
 
 
 def blocks(language: str) -> list[Any]:
@@ -33,35 +53,108 @@ def blocks(language: str) -> list[Any]:
     ]
 
 
+# Blocks
+
+
 @pytest.mark.parametrize("text", blocks("json"))
 def test_json_blocks_are_configurations(text: str) -> None:
     document = json.loads(text)
     if "llmModels" in document:
-        parse_config(document, environ={"HF_TOKEN": "hf_example", "OPENAI_API_KEY": "sk-example"})
+        parse_config(document, environ=VARIABLES)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """With a ``models.json`` whose model somebody else runs."""
+    with stub("--served-model-name", "facebook/opt-125m") as port, tempfile.TemporaryDirectory() as name:
+        models = {"vllm": {"endpoints": {"base_url": f"http://127.0.0.1:{port}/v1"}}}
+        Path(name, "models.json").write_text(json.dumps({"llmModels": models}))
+        yield Path(name)
 
 
 @pytest.mark.parametrize("text", blocks("python"))
-def test_python_blocks_compile(text: str) -> None:
-    compile(text, "block", "exec", dont_inherit=True)
+def test_python_blocks_run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = compile(text, "block", "exec", dont_inherit=True)
+    if "import OpenAI" in text:
+        pytest.importorskip("openai")
+        base = json.loads((folder / "models.json").read_text())["llmModels"]["vllm"]["endpoints"]["base_url"]
+        code = compile(text.replace("http://localhost:8099/vllm/v1", base), "block", "exec", dont_inherit=True)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"__name__": "block"}
+    exec(code, names)
+    if "app" in names:
+        prefix = "/llm" if '"/llm"' in text else ""
+        with TestClient(names["app"]) as client:
+            assert client.get(f"{prefix}/vllm/v1/models").status_code == 200
+    for name, function in names.items():
+        if name.startswith("test_"):
+            function()
+    if "ask" in names:
+        anyio.run(asked, names["ask"])
 
 
-COMMANDS = [
-    pytest.param(line, id=f"{page.name}: {line[:60]}")
-    for page in PAGES
-    for kind, text in BLOCK.findall(page.read_text())
-    if kind == "bash"
-    for line in text.splitlines()
-    if line.startswith("fluidmcp ")
-]
+async def asked(ask: Any) -> None:
+    async with Gateway(fluidmcp_proxy.load_config("models.json")).run() as gateway:
+        assert "What?" in await ask(gateway, "What?")
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_exist_with_their_options(line: str) -> None:
+def shell_lines() -> Iterator[tuple[str, str]]:
+    """The commands of shell blocks, continuation lines joined."""
+    for page in PAGES:
+        for kind, text in BLOCK.findall(page.read_text()):
+            if kind == "bash":
+                for line in text.replace("\\\n", " ").splitlines():
+                    yield page.name, line
+
+
+def options_of(line: str) -> list[str]:
+    return [word.partition("=")[0] for word in shlex.split(line, comments=True) if word.startswith("-")]
+
+
+COMMANDS = [(page, line) for page, line in shell_lines() if line.startswith("fluidmcp ")]
+COMMANDS += [(page.name, line) for page in PAGES for line in INLINE.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(COMMANDS)))
+def test_commands_exist_with_their_options(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     words = words[: words.index(">")] if ">" in words else words
     command = main.commands[words[0]]
-    with click.Context(main) as context:
-        command.make_context(words[0], words[1:], parent=context)
+    if words[1:] or page == "cli.md":
+        with click.Context(main) as context:
+            command.make_context(words[0], words[1:], parent=context)
+
+
+def test_options_of_uvicorn_exist() -> None:
+    known = {name for option in uvicorn.main.params for name in (*option.opts, *option.secondary_opts)}
+    lines = [line for _, line in shell_lines() if "uvicorn fluidmcp_proxy:app" in line]
+    assert lines
+    assert {option for line in lines for option in options_of(line)} <= known
+
+
+def test_what_hypercorn_is_told_to_serve_can_be_found() -> None:
+    from hypercorn.utils import load_application
+
+    found = re.search(r"hypercorn '(\S+)'", text_of("embedding.md"))
+    assert found is not None
+    assert load_application(found[1], 0) is not None
+
+
+def test_the_sessions_that_are_named_exist() -> None:
+    known = {"test", "list", *re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE)}
+    lines = [line.partition(" -- ")[0] for _, line in shell_lines() if line.startswith("python3 dev.py")]
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)[2:]
+        assert {word.partition("-")[0] for word in words if not word.startswith("-")} <= known, line
+
+
+def test_bodies_sent_by_curl_are_json() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    bodies = re.findall(r"^\s*-d '([^']*)'", text, re.MULTILINE)
+    assert len(bodies) >= 3
+    for body in bodies:
+        assert json.loads(body)["model"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -81,18 +174,111 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_every_error_is_documented() -> None:
-    text = (ROOT / "docs" / "http.md").read_text()
-    documented = set(re.findall(r"^\| (\d{3}) \| `(\w+)`", text, re.MULTILINE))
-    classes = [getattr(errors, name) for name in errors.__all__]
-    raised = [
-        kind
-        for kind in classes
-        if isinstance(kind, type) and issubclass(kind, errors.GatewayError) and kind.__name__ not in LATER
-    ]
-    assert {(str(kind.status), kind.code) for kind in raised if kind.code != "internal_error"} == documented
+def test_every_page_is_listed() -> None:
+    index, readme = text_of("index.md"), (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"]({page.name})" in index
+        assert f"](docs/{page.name})" in readme
 
 
-def test_every_command_is_documented() -> None:
-    text = (ROOT / "docs" / "cli.md").read_text()
+# Lists
+
+
+def calls() -> dict[str, set[str]]:
+    """Where the package makes an exception of ``errors``: class name to the keyword arguments seen."""
+    seen: dict[str, set[str]] = {}
+    for path in Path(fluidmcp_proxy.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in errors.__all__:
+                seen.setdefault(node.func.id, set()).update(str(keyword.arg) for keyword in node.keywords)
+    return seen
+
+
+def test_every_error_that_is_raised_is_documented_with_its_headers() -> None:
+    expected = set()
+    for name, keywords in calls().items():
+        kind = getattr(errors, name)
+        if isinstance(kind, type) and issubclass(kind, errors.GatewayError):
+            headers = "`x-should-retry: false`" if kind.status >= 500 else ""
+            headers = "`Allow`" if "allow" in keywords else "`Retry-After`" if "retry_after" in keywords else headers
+            expected.add((str(kind.status), kind.code, headers))
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \| .* \| ?(.*?) ?\|$", text_of("http.md"), re.MULTILINE)
+    assert set(rows) == expected
+
+
+def test_every_command_is_documented_with_its_options() -> None:
+    text = text_of("cli.md")
     assert set(re.findall(r"^\| `fluidmcp (\w+)", text, re.MULTILINE)) == set(main.commands)
+    for name, command in main.commands.items():
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        section = re.search(rf"^## {name}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
+        assert section is not None, name
+        missing = {option for option in options if not re.search(rf"{option}\b", section[1])}
+        assert not missing, name
+
+
+def test_the_states_and_what_is_told_of_a_model() -> None:
+    text = text_of("http.md").partition("## States")[2].partition("\n## ")[0]
+    assert all(f"`{state}`" in text for state in ModelState)
+    config = parse_config({"llmModels": {"m": {"endpoints": {"base_url": "http://127.0.0.1:1/v1"}}}}, environ={})
+    scheduler = Scheduler()
+    scheduler.admit(Silent(config.models["m"]))
+    told = json.loads(pages.model(scheduler, "m")[1])
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"\w+", row)} == set(told)
+
+
+class Silent:
+    """A server that only has a status."""
+
+    transport = None
+
+    def __init__(self, config: fluidmcp_proxy.ModelConfig) -> None:
+        self.config = config
+        self.status = ModelStatus(id=config.id, state=ModelState.STOPPED, since=0.0)
+
+    async def ready(self) -> Any:
+        raise AssertionError
+
+
+# Quotations
+
+
+def test_messages_that_are_quoted_are_real() -> None:
+    text = re.sub(r"\s+", " ", text_of("troubleshooting.md"))
+    endpoints = {"base_url": "http://localhost:8001/v1"}
+    entry = {"command": "vllm", "args": ["serve", "m", "--port", "8001"], "endpoints": endpoints}
+    model = parse_config({"llmModels": {"vllm": entry}}, environ={}).models["vllm"]
+    with pytest.raises(CommandError) as missing:
+        find_program("vllm", {"PATH": "/nowhere"})
+    for message in (
+        str(missing.value).partition(";")[0],
+        str(_port_in_use(model)).partition(";")[0],
+        str(AlreadyOwned("x", 4242, alive=True)).partition(" (")[0],
+        f"not ready within startup_timeout ({model.startup_timeout:g} s)",
+    ):
+        assert message in text
+
+
+def test_the_line_about_a_taken_port_is_real() -> None:
+    with stub() as port, tempfile.TemporaryDirectory() as name:
+        config = Path(name, "models.json")
+        config.write_text(json.dumps({"llmModels": {"m": {"endpoints": {"base_url": "http://127.0.0.1:1/v1"}}}}))
+        command = [sys.executable, "-m", "fluidmcp_proxy", "run", str(config), "--port", str(port)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 3
+    assert result.stderr.replace(str(port), "8099") in text_of("troubleshooting.md")
+
+
+def test_the_migration_page_shows_what_migrate_writes() -> None:
+    before, after = (json.loads(text) for kind, text in BLOCK.findall(text_of("migration.md")) if kind == "json")
+    assert migrate(before).document == after
+
+
+def test_what_check_prints() -> None:
+    from fluidmcp_proxy.cli.check import report
+
+    example = json.loads(next(text for kind, text in BLOCK.findall((ROOT / "README.md").read_text()) if kind == "json"))
+    config = parse_config(example, environ={}).model_copy(update={"source": Path("models.json")})
+    lines = [line for line in report(config) if not line.startswith("warning")]
+    assert "\n".join(lines) in text_of("cli.md")

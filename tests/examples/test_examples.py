@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import signal
@@ -90,12 +89,22 @@ def test_the_documentations_configuration_and_requests(environment: dict[str, st
         body = {"model": "facebook/opt-125m", "messages": [{"role": "user", "content": "Hello!"}]}
         answer = httpx.post(f"http://127.0.0.1:{port}/vllm/v1/chat/completions", json=body)
         assert "Hello!" in answer.json()["choices"][0]["message"]["content"]
-        if importlib.util.find_spec("openai") is not None:
-            base_url = f"http://127.0.0.1:{port}/vllm/v1"
-            script = [sys.executable, str(EXAMPLES / "openai_client.py"), base_url]
-            output = subprocess.run(script, capture_output=True, text=True, check=True, timeout=DEADLINE).stdout
-            assert "What is Python?" in output
-            assert "Tell me a story." in output
+
+
+def test_the_openai_sdk(environment: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    with run(environment, on_free_ports("vllm-config.json", tmp_path)) as port:
+        script = [sys.executable, str(EXAMPLES / "openai_client.py"), f"http://127.0.0.1:{port}/vllm/v1"]
+        output = subprocess.run(script, capture_output=True, text=True, check=True, timeout=60).stdout
+    for said in ("What is Python?", "How do I sort a list in Python?", "Tell me a story."):
+        assert said in output
+
+
+def test_the_model_for_the_cpu(environment: dict[str, str], tmp_path: Path) -> None:
+    with run(environment, on_free_ports("cpu-model.json", tmp_path)) as port:
+        body = {"model": "smol", "prompt": "Once upon a time"}
+        answer = httpx.post(f"http://127.0.0.1:{port}/smol/v1/completions", json=body)
+        assert "Once upon a time" in answer.json()["choices"][0]["text"]
 
 
 def test_two_models(environment: dict[str, str], tmp_path: Path) -> None:
