@@ -6,20 +6,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fluidmcp_proxy.config.load import load_config
 from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig
 from fluidmcp_proxy.errors import ConfigError, GatewayError
 from fluidmcp_proxy.gateway.app import Gateway
-from fluidmcp_proxy.gateway.environment import EnvironmentGateway, create_app
+from fluidmcp_proxy.gateway.environment import create_app
 from fluidmcp_proxy.gateway.middleware import GatewayMiddleware
 from fluidmcp_proxy.models.state import ModelState, ModelStatus
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    app: EnvironmentGateway
+app = create_app()  # it reads its configuration when its lifespan begins
 
 __all__ = [
     "ConfigError",
@@ -35,11 +32,3 @@ __all__ = [
     "create_app",
     "load_config",
 ]
-
-
-def __getattr__(name: str) -> object:
-    """``app``, made when it is asked for (PEP 562)."""
-    if name == "app":
-        app = globals()["app"] = create_app()
-        return app
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

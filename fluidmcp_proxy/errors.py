@@ -81,6 +81,8 @@ class GatewayError(FluidMCPError):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     type: ClassVar[str] = "api_error"
+    default_retry_after: ClassVar[int | None] = None
+    """Seconds to wait before trying again, where that does not depend on the case."""
 
     def __init__(
         self,
@@ -93,7 +95,8 @@ class GatewayError(FluidMCPError):
         super().__init__(message)
         self.message = message
         self.param = param
-        self.retry_after = None if retry_after is None else min(120, max(1, retry_after))
+        seconds = self.default_retry_after if retry_after is None else retry_after
+        self.retry_after = None if seconds is None else min(120, max(1, seconds))
         self.extra_headers = tuple(headers)
 
     @property
@@ -330,6 +333,7 @@ class UpstreamUnavailable(UpstreamError):
 
     status = 503
     code = "upstream_unavailable"
+    default_retry_after = 2
 
 
 class UpstreamDisconnected(UpstreamError):

@@ -24,8 +24,6 @@ __all__ = ["AnswerTruncated", "Outgoing", "Relay"]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _CONNECT_TRIES = 2
-_CONNECT_AGAIN_AFTER = 2
-"""Seconds that a client is asked to wait for a server that cannot be reached now."""
 
 
 class AnswerTruncated(Exception):
@@ -104,10 +102,9 @@ class Relay:
                 ):
                     await self._answer(answer)
                 return
-            except UpstreamUnavailable as error:
+            except UpstreamUnavailable:
                 # Not a byte has left. Its supervisor may not know yet that the server is gone: ask again.
                 if not tries_left:
-                    error.retry_after = _CONNECT_AGAIN_AFTER
                     raise
                 await anyio.sleep(0.05)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -86,7 +87,9 @@ class Guard:
         self._process.kill()
 
     def close(self) -> None:
-        """Close what is left of the pipes."""
+        """Close what is left of the pipes. One that ends its tree still is buried whenever it has."""
+        if self._process.poll() is None:  # the scope was torn down early, with its event loop perhaps
+            threading.Thread(target=self._process.wait, name="guardian's end", daemon=True).start()
         self._orders.close()
         self.reports.close()
         self.output.close()

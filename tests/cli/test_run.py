@@ -236,7 +236,7 @@ def test_uvicorn_with_two_workers_ends_as_a_whole(program: Program) -> None:
 
 def test_under_hypercorn(program: Program, mark: Mark) -> None:
     port = free_port()
-    app = "fluidmcp_proxy:create_app()"
+    app = "fluidmcp_proxy:app"
     with program(sys.executable, "-m", "hypercorn", app, "-b", f"127.0.0.1:{port}") as server:
         server.until_said("Running on")
         assert httpx.get(f"http://127.0.0.1:{port}/m/v1/models", timeout=DEADLINE).status_code == 200
