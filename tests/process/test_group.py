@@ -354,10 +354,12 @@ async def test_side_by_side_they_do_not_hold_each_other(mark: Mark) -> None:
 
 async def test_launches_leave_neither_descriptors_nor_threads(mark: Mark) -> None:
     await run_shell(mark, "exit 0")
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(15):
         await run_shell(mark, "exit 0")
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    # The servers that other tests keep running come and go with a few; a leak is one a launch.
+    assert len(os.listdir("/proc/self/fd")) - descriptors < 8
+    assert threading.active_count() - threads < 8
 
 
 def test_on_trio(mark: Mark) -> None:
