@@ -113,6 +113,21 @@ def test_any_bytes_are_an_answer_or_refused(data: bytes) -> None:
         assert not answer.complete
 
 
+@pytest.mark.parametrize("size", [60_000, 70_000])
+@pytest.mark.parametrize("pieces", [1, 2, 50])
+def test_the_limit_of_a_head_is_the_same_however_it_is_divided(size: int, pieces: int) -> None:
+    answer = Answer()
+    data = encode("length", [(b"x-a", b"a" * size)], [b"ok"])
+    refused = False
+    try:
+        for piece in divide(data, [len(data) * n // pieces for n in range(pieces)]):
+            answer.feed(piece)
+    except UpstreamInvalidResponse:
+        refused = True
+    assert refused == (size > 64 * 1024)
+    assert answer.complete != refused
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(framing=FRAMINGS, chunks=CHUNKS, cuts=CUTS)
 def test_over_sockets(framing: str, chunks: list[bytes], cuts: list[int]) -> None:

@@ -408,6 +408,31 @@ async def test_first_byte_time_begins_after_the_upload(wire: str) -> None:
         assert (await ask(transport, b"POST", headers=length, body=slow())).status == 200
 
 
+async def test_first_byte_too_late_after_an_upload(wire: str) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        await peer.gone()
+
+    async def upload() -> AsyncIterator[bytes]:
+        yield b"x"
+
+    async with serve(script) as server, connect(server, wire, Timeouts(5, 0.05, None)) as transport:
+        with pytest.raises(UpstreamTimeout):
+            await ask(transport, b"POST", body=upload())
+
+
+@RAW
+async def test_first_byte_time_ends_with_the_head(wire: str) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
+        await anyio.sleep(0.35)
+        await peer.send(b"ok")
+
+    async with serve(script) as server, connect(server, wire, Timeouts(5, 0.3, None)) as transport:
+        assert (await ask(transport)).body == b"ok"
+
+
 async def test_silence_inside_the_body_too_long(wire: str) -> None:
     gone = anyio.Event()
 
