@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.abc
+import trustme
 from anyio.streams.tls import TLSListener
 
 from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport, open_transport
 from fluidmcp_proxy.upstream.over_httpx import OverHttpx
 
 DEADLINE = 5.0
-CERTIFICATE = Path(__file__).with_name("localhost.pem")
 
 
 @dataclass
@@ -99,6 +99,12 @@ class Server:
     errors: list[BaseException] = field(default_factory=list)
 
 
+@functools.cache
+def authority() -> trustme.CA:
+    """Whoever signs for ``localhost``."""
+    return trustme.CA()
+
+
 @asynccontextmanager
 async def serve(script: Script, *, tls: bool = False) -> AsyncIterator[Server]:
     """Run ``script`` for every connection; leaving closes them all."""
@@ -107,7 +113,7 @@ async def serve(script: Script, *, tls: bool = False) -> AsyncIterator[Server]:
     address = Address("https" if tls else "http", "localhost" if tls else "127.0.0.1", port)
     if tls:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(CERTIFICATE)
+        authority().issue_cert("localhost").configure_cert(context)
         listener = TLSListener(listener, context, standard_compatible=False)
     server = Server(address)
 

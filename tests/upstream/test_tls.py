@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anyio
 import pytest
 
 from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamUnavailable
 from fluidmcp_proxy.upstream.client import Address, Timeouts
 
-from .scripted import CERTIFICATE, OK, Peer, answering, ask, connect, serve
+from .scripted import OK, Peer, answering, ask, authority, connect, serve
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    certificate = tmp_path / "authority.pem"
+    authority().cert_pem.write_to_path(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
 
 
 @pytest.mark.usefixtures("trusted")
