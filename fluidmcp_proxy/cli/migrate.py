@@ -67,7 +67,7 @@ def _write(target: Path, text: str) -> None:
     try:
         backup = replace_file(target, text)
     except OSError as error:
-        raise click.ClickException(f"{target} cannot be written: {error.strerror}") from error
+        raise click.UsageError(f"{target} cannot be written: {error.strerror}") from error
     click.echo(f"wrote {target}" + (f", the old file is {backup}" if backup else ""), err=True)
 
 

@@ -17,7 +17,7 @@ from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import RequestBody
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
-from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Router
+from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Router, speaks_anthropic
 from fluidmcp_proxy.gateway.target import read_target
 from fluidmcp_proxy.models.fleet import Fleet, address_of, open_fleet
 from fluidmcp_proxy.models.state import ModelStatus
@@ -128,15 +128,15 @@ class Gateway:
         began = time.perf_counter()
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         request_id = pick_request_id(headers)
-        anthropic, model = False, "-"
+        anthropic, model = speaks_anthropic(scope["path"]), "-"
         try:
             target = read_target(scope)
             check_size(headers)
             check_host(headers, scope)
             route = self._router.route(scope["method"], target)
             if isinstance(route, Forward):
-                anthropic, model = route.anthropic, route.model
-                await self._forward(route, scope, receive, send, request_id, began)
+                model = route.model
+                await self._forward(route, scope, receive, send, request_id, began, anthropic=anthropic)
                 return
             status, body = self._page(route)
             await respond(send, status, body, request_id, with_body=scope["method"] != "HEAD")
@@ -145,11 +145,19 @@ class Gateway:
             _log(scope, request_id, model, error.status, 0, began, error.code)
 
     async def _forward(
-        self, route: Forward, scope: Scope, receive: Receive, send: Send, request_id: bytes, began: float
+        self,
+        route: Forward,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        request_id: bytes,
+        began: float,
+        *,
+        anthropic: bool,
     ) -> None:
         lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(scope["headers"]))
         body = RequestBody(receive, scope["headers"], self.config.settings.max_body_bytes)
-        relay = Relay(self._outgoing(route, scope, request_id), body, lease, send)
+        relay = Relay(self._outgoing(route, scope, request_id, anthropic), body, lease, send)
         try:
             await relay.run()
         except AnswerTruncated:
@@ -157,7 +165,7 @@ class Gateway:
             raise
         _log(scope, request_id, route.model, relay.status, lease.bytes_answered, began, relay.outcome)
 
-    def _outgoing(self, route: Forward, scope: Scope, request_id: bytes) -> Outgoing:
+    def _outgoing(self, route: Forward, scope: Scope, request_id: bytes, anthropic: bool) -> Outgoing:
         client = scope.get("client")
         headers = request_headers(
             scope["headers"],
@@ -168,7 +176,7 @@ class Gateway:
             authorization=self._authorizations[route.model],
             http_version=scope.get("http_version", "1.1"),
         )
-        return Outgoing(scope["method"].encode("ascii"), route.target, headers, request_id, route.anthropic)
+        return Outgoing(scope["method"].encode("ascii"), route.target, headers, request_id, anthropic)
 
     def _page(self, route: Page | ModelPage) -> pages.Answer:
         if route is Page.HEALTH:

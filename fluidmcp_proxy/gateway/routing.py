@@ -14,7 +14,7 @@ from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import McpEndpointRemoved, MethodNotAllowed, ModelNotFound, PathNotFound
 from fluidmcp_proxy.gateway.target import Target
 
-__all__ = ["Forward", "ModelPage", "Page", "Route", "Router"]
+__all__ = ["Forward", "ModelPage", "Page", "Route", "Router", "speaks_anthropic"]
 
 _ROOT_ROUTES = frozenset({"tokenize", "detokenize", "rerank", "score", "classify", "pooling"})
 """Routes that vLLM has beside ``/v1``; they take POST."""
@@ -73,17 +73,18 @@ class ModelPage:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """A request for a model's server. ``target`` is the request target there, query included.
-
-    ``anthropic`` is true for the Messages API, whose errors have another form.
-    """
+    """A request for a model's server. ``target`` is the request target there, query included."""
 
     model: str
     target: bytes
-    anthropic: bool = False
 
 
 Route = Page | ModelPage | Forward
+
+
+def speaks_anthropic(path: str) -> bool:
+    """Whether ``path`` is of Anthropic's Messages API, whose errors have a form of their own."""
+    return path.endswith("/v1/messages") or "/v1/messages/" in path
 
 
 class Router:
@@ -129,7 +130,7 @@ class Router:
             )
         below = target.raw.split(b"/", 2)[2] if rest else b""
         upstream = b"/" + below + (b"?" + target.query if target.query else b"")
-        forward = Forward(name, self._roots[name] + upstream, rest == "v1/messages" or rest.startswith("v1/messages/"))
+        forward = Forward(name, self._roots[name] + upstream)
         if _is_open("/" + rest, self._models[name].extra_paths):
             return forward
         if rest in _ROOT_ROUTES:

@@ -107,7 +107,7 @@ def test_an_interrupted_write_leaves_the_old_file(
 
     monkeypatch.setattr(os, "replace", fail)
     result = run("--write", file)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "No space left on device" in result.stderr
     assert json.loads(file.read_text()) == OLD
     assert not [name for name in names(file.parent) if name.startswith(".")]

@@ -8,7 +8,7 @@ import pytest
 
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.errors import GatewayError
-from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Route, Router
+from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Route, Router, speaks_anthropic
 from fluidmcp_proxy.gateway.target import read_target
 
 CONFIG: dict[str, Any] = {
@@ -38,8 +38,8 @@ def route(method: str, target: str) -> Route:
         ("GET", "/vllm/v1/models", Forward("vllm", b"/v1/models")),
         ("DELETE", "/vllm/v1/responses/r%201?a=b&c", Forward("vllm", b"/v1/responses/r%201?a=b&c")),
         ("OPTIONS", "/vllm/v1/anything/new", Forward("vllm", b"/v1/anything/new")),
-        ("POST", "/vllm/v1/messages", Forward("vllm", b"/v1/messages", anthropic=True)),
-        ("POST", "/vllm/v1/messages/count_tokens", Forward("vllm", b"/v1/messages/count_tokens", anthropic=True)),
+        ("POST", "/vllm/v1/messages", Forward("vllm", b"/v1/messages")),
+        ("POST", "/vllm/v1/messages/count_tokens", Forward("vllm", b"/v1/messages/count_tokens")),
         ("POST", "/vllm/tokenize", Forward("vllm", b"/tokenize")),
         ("POST", "/far/v1/chat/completions", Forward("far", b"/api/v1/chat/completions")),
         ("POST", "/far/rerank", Forward("far", b"/api/rerank")),
@@ -89,6 +89,20 @@ def test_refusals(method: str, target: str, status: int, code: str) -> None:
     with pytest.raises(GatewayError) as caught:
         route(method, target)
     assert (caught.value.status, caught.value.code) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/vllm/v1/messages", True),
+        ("/llm/vllm/v1/messages/count_tokens", True),
+        ("/nobody/v1/messages", True),
+        ("/vllm/v1/messagesx", False),
+        ("/vllm/v1/chat/completions", False),
+    ],
+)
+def test_the_messages_api(path: str, expected: bool) -> None:
+    assert speaks_anthropic(path) is expected
 
 
 def test_messages_help() -> None:
