@@ -125,58 +125,46 @@ class Gateway:
             return False
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.perf_counter()
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        request_id = pick_request_id(headers)
-        anthropic, model = speaks_anthropic(scope["path"]), "-"
+        request = _Request(scope, receive, send)
+        model = "-"
         try:
             target = read_target(scope)
-            check_size(headers)
-            check_host(headers, scope)
+            check_size(request.headers)
+            check_host(request.headers, scope)
             route = self._router.route(scope["method"], target)
             if isinstance(route, Forward):
                 model = route.model
-                await self._forward(route, scope, receive, send, request_id, began, anthropic=anthropic)
-                return
-            status, body = self._page(route)
-            await respond(send, status, body, request_id, with_body=scope["method"] != "HEAD")
+                await self._forward(route, request)
+            else:
+                status, body = self._page(route)
+                await respond(send, status, body, request.id, with_body=scope["method"] != "HEAD")
         except GatewayError as error:
-            await respond_with_error(scope, send, error, request_id=request_id, anthropic=anthropic)
-            _log(scope, request_id, model, error.status, 0, began, error.code)
+            await respond_with_error(scope, send, error, request_id=request.id, anthropic=request.anthropic)
+            request.log(model, error.status, 0, error.code)
 
-    async def _forward(
-        self,
-        route: Forward,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        request_id: bytes,
-        began: float,
-        *,
-        anthropic: bool,
-    ) -> None:
-        lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(scope["headers"]))
-        body = RequestBody(receive, scope["headers"], self.config.settings.max_body_bytes)
-        relay = Relay(self._outgoing(route, scope, request_id, anthropic), body, lease, send)
+    async def _forward(self, route: Forward, request: _Request) -> None:
+        lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.headers))
+        body = RequestBody(request.receive, request.headers, self.config.settings.max_body_bytes)
+        relay = Relay(self._outgoing(route, request), body, lease, request.send)
         try:
             await relay.run()
         except AnswerTruncated:
-            _log(scope, request_id, route.model, relay.status, lease.bytes_answered, began, relay.outcome)
+            request.log(route.model, relay.status, lease.bytes_answered, relay.outcome)
             raise
-        _log(scope, request_id, route.model, relay.status, lease.bytes_answered, began, relay.outcome)
+        request.log(route.model, relay.status, lease.bytes_answered, relay.outcome)
 
-    def _outgoing(self, route: Forward, scope: Scope, request_id: bytes, anthropic: bool) -> Outgoing:
-        client = scope.get("client")
+    def _outgoing(self, route: Forward, request: _Request) -> Outgoing:
+        scope, client = request.scope, request.scope.get("client")
         headers = request_headers(
-            scope["headers"],
+            request.headers,
             host=self._hosts[route.model],
             client=client[0] if client else None,
             scheme=scope.get("scheme", "http"),
-            request_id=request_id,
+            request_id=request.id,
             authorization=self._authorizations[route.model],
             http_version=scope.get("http_version", "1.1"),
         )
-        return Outgoing(scope["method"].encode("ascii"), route.target, headers, request_id, anthropic)
+        return Outgoing(scope["method"].encode("ascii"), route.target, headers, request.id, request.anthropic)
 
     def _page(self, route: Page | ModelPage) -> pages.Answer:
         if route is Page.HEALTH:
@@ -194,6 +182,30 @@ class Gateway:
                 "The gateway's lifespan is not running: the host app has to enter gateway.run() in its own lifespan."
             )
         return self._fleet
+
+
+class _Request:
+    """What goes with a request through this module."""
+
+    __slots__ = ("_began", "anthropic", "headers", "id", "receive", "scope", "send")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._began = time.perf_counter()
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.id = pick_request_id(self.headers)
+        self.anthropic = speaks_anthropic(scope["path"])
+
+    def log(self, model: str, status: int, sent: int, outcome: str) -> None:
+        """One line a request: neither query nor header, since both may hold keys."""
+        if access_log.isEnabledFor(logging.INFO):
+            seconds = time.perf_counter() - self._began
+            access_log.info(
+                "%s %s model=%s status=%s bytes=%d seconds=%.3f outcome=%s",
+                self.id.decode(), self.scope["method"], model, status or "-", sent, seconds, outcome,
+            )  # fmt: skip
 
 
 class _LeasedTransport:
@@ -228,12 +240,3 @@ def _preferred_wait(headers: Headers) -> float | None:
         if name == b"prefer" and (match := _WAIT(value)):
             return float(match[1])
     return None
-
-
-def _log(scope: Scope, request_id: bytes, model: str, status: int, sent: int, began: float, outcome: str) -> None:
-    """One line a request: neither query nor header, since both may hold keys."""
-    if access_log.isEnabledFor(logging.INFO):
-        access_log.info(
-            "%s %s model=%s status=%s bytes=%d seconds=%.3f outcome=%s",
-            request_id.decode(), scope["method"], model, status or "-", sent, time.perf_counter() - began, outcome,
-        )  # fmt: skip
