@@ -221,6 +221,7 @@ class Runner:
             "env": self._prepared["environment"] | {"E2E_MARKER": marker},
             "stop_timeout": 6,  # a vLLM that is still loading takes no notice of SIGTERM
             "endpoints": {"base_url": f"http://127.0.0.1:{port}/v1"},
+            "max_restarts": 10,  # it is killed several times within the minute that would forget the ones before
         }
         return {"llmModels": {"smol": model}}
 
