@@ -261,7 +261,7 @@ class Supervisor:
                 await self._stall(transport)
                 lose(_Failure("stalled", f"made no progress for {self.config.stall_timeout:g} s", started=True))
 
-        if not self._wanted:
+        if not self._wanted or not failures:  # it may be wanted again already, but has been given up
             self._become(ModelState.STOPPING)
             return None
         self._record(failures[0])

@@ -215,6 +215,21 @@ async def test_a_start_while_stopping_waits_for_the_stop() -> None:
         await rig.until("ready")
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_start_at_any_moment_after_a_stop(turns: int) -> None:
+    """Also before the loop has noticed the stop, and while it gives the child up."""
+    async with running(Rig()) as rig:
+        rig.supervisor.request_start()
+        await rig.until("ready")
+        rig.supervisor.request_stop()
+        for _ in range(turns):
+            await anyio.lowlevel.checkpoint()
+        rig.supervisor.request_start()
+        await anyio.wait_all_tasks_blocked()
+        await rig.until("ready")
+        assert rig.supervisor.status.reason is None
+
+
 async def test_restart() -> None:
     async with running(Rig()) as rig:
         rig.supervisor.request_start()
