@@ -122,3 +122,17 @@ def faults(session: nox.Session) -> None:
     """What is left when something is killed: the table of docs/reliability.md."""
     session.install("-e", ".")
     session.run("python", "benchmarks/faults.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """What forwarding costs, beside nginx, vllm-router and caddy: the table of docs/performance.md."""
+    session.install("-e", ".", "uvloop")
+    session.run("python", "benchmarks/forwarding.py", *session.posargs)
+
+
+@nox.session
+def profile(session: nox.Session) -> None:
+    """Where the gateway's time goes under load."""
+    session.install("-e", ".", "uvloop")
+    session.run("python", "benchmarks/forwarding.py", "--profile", *session.posargs)
