@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -25,4 +26,5 @@ async def main(options: dict[str, object]) -> None:
         await anyio.sleep(options.get("seconds", 60))  # type: ignore[arg-type]
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put into the background
 anyio.run(main, json.loads(sys.argv[1]), backend_options={"use_uvloop": "uvloop" in sys.argv})
