@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fluidmcp_proxy.cli.run import bind
+from fluidmcp_proxy.config.load import parse_config
 from tests.process.marks import Mark, marked
 from tests.serving import DEADLINE, STUB, eventually, free_port
 
@@ -252,3 +255,22 @@ def test_being_open_to_the_network_is_said(program: Program, config: Path, host:
         assert ("open to the network" in gateway.said) is warned
         gateway.send(signal.SIGTERM)
         gateway.ended()
+
+
+@pytest.mark.anyio
+async def test_answers_are_not_held_back() -> None:
+    """By Nagle's algorithm, together with a client's delayed acknowledgement: 40 ms for each small answer."""
+    config = parse_config({"llmModels": {"m": {"endpoints": {"base_url": "http://127.0.0.1:9/v1"}}}}, environ={})
+    seen: list[int] = []
+
+    def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("socket")
+        seen.append(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    listening = bind(config.settings.model_copy(update={"port": 0}))
+    async with await asyncio.start_server(accepted, sock=listening):
+        reader, writer = await asyncio.open_connection(*listening.getsockname()[:2])
+        await reader.read()
+        writer.close()
+    assert seen == [1]
