@@ -126,7 +126,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """What forwarding costs, beside nginx, vllm-router and caddy: the table of docs/performance.md."""
+    """What forwarding costs, beside nginx and vllm-router: the table of docs/performance.md."""
     session.install("-e", ".", "uvloop")
     session.run("python", "benchmarks/forwarding.py", *session.posargs)
 

