@@ -19,7 +19,8 @@ from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
 from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Router, speaks_anthropic
 from fluidmcp_proxy.gateway.target import read_target
-from fluidmcp_proxy.models.fleet import Fleet, address_of, open_fleet
+from fluidmcp_proxy.models.address import address_of
+from fluidmcp_proxy.models.fleet import Fleet, open_fleet
 from fluidmcp_proxy.models.state import ModelStatus
 from fluidmcp_proxy.upstream.client import Body, Headers, Response, open_client
 from fluidmcp_proxy.upstream.headers import pick_request_id, request_headers

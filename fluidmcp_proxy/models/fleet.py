@@ -15,6 +15,7 @@ import anyio
 
 from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig
 from fluidmcp_proxy.errors import ungrouped
+from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.launcher import ProcessLauncher
 from fluidmcp_proxy.models.liveness import until_stalled
 from fluidmcp_proxy.models.remote import RemoteServer
@@ -24,7 +25,7 @@ from fluidmcp_proxy.process.output import Output
 from fluidmcp_proxy.process.owner import Ownership, own
 from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport, open_transport
 
-__all__ = ["Fleet", "address_of", "open_fleet"]
+__all__ = ["Fleet", "open_fleet"]
 
 
 class Fleet:
@@ -66,13 +67,6 @@ async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
                     yield fleet
                 finally:
                     fleet.close()
-
-
-def address_of(model: ModelConfig) -> Address:
-    """Where the model's server is configured to listen."""
-    endpoint = model.endpoint
-    assert endpoint is not None
-    return Address(endpoint.scheme, endpoint.host, endpoint.port, endpoint.root)
 
 
 async def _take_ownership(config: GatewayConfig, stack: AsyncExitStack) -> Ownership | None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
-from fluidmcp_proxy.config.endpoint import Endpoint
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.settings import child_environment
+from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.supervisor import CannotStart
 from fluidmcp_proxy.process.group import CommandError, NoProcess, ProcessGroup, open_process_group
 from fluidmcp_proxy.process.listener import can_verify, port_is_free, resolve, verified_address
@@ -51,7 +52,6 @@ class ProcessLauncher:
                 stop_timeout=model.stop_timeout,
                 output=self._output,
                 owner=self._owner,
-                name=model.id,
             )
             async with group as process:
                 yield _Process(model, process)
@@ -61,8 +61,8 @@ class ProcessLauncher:
             raise CannotStart("no_process", str(exc), final=False) from exc
 
     async def _refuse_taken_port(self) -> None:
-        endpoint = _endpoint(self._model)
-        if not await port_is_free(endpoint.host, endpoint.port):
+        configured = address_of(self._model)
+        if not await port_is_free(configured.host, configured.port):
             raise _port_in_use(self._model)
 
 
@@ -82,31 +82,21 @@ class _Process:
 
     async def listening(self) -> Address | None:
         """The configured address once this tree listens there, a name replaced by the address that was verified."""
-        endpoint = _endpoint(self._model)
+        configured = address_of(self._model)
         if not (self._model.verify_listener and can_verify()):
-            taken = not await port_is_free(endpoint.host, endpoint.port)
-            return _at(self._model, endpoint.host) if taken else None
-        addresses = await resolve(endpoint.host)
-        host, is_strangers = verified_address(endpoint.port, addresses, self._group.pids())
+            taken = not await port_is_free(configured.host, configured.port)
+            return configured if taken else None
+        addresses = await resolve(configured.host)
+        host, is_strangers = verified_address(configured.port, addresses, self._group.pids())
         if is_strangers:
             raise _port_in_use(self._model)
-        return None if host is None else _at(self._model, host)
-
-
-def _endpoint(model: ModelConfig) -> Endpoint:
-    assert model.endpoint is not None
-    return model.endpoint
-
-
-def _at(model: ModelConfig, host: str) -> Address:
-    endpoint = _endpoint(model)
-    return Address(endpoint.scheme, host, endpoint.port, endpoint.root)
+        return None if host is None else replace(configured, host=host)
 
 
 def _port_in_use(model: ModelConfig) -> CannotStart:
-    endpoint = _endpoint(model)
+    configured = address_of(model)
     return CannotStart(
         "port_in_use",
-        f"port {endpoint.port} ({endpoint.host}) is taken by a process that is not this model's; "
+        f"port {configured.port} ({configured.host}) is taken by a process that is not this model's; "
         "stop that one, or choose another --port and base_url",
     )

@@ -154,7 +154,6 @@ async def open_process_group(
     stop_timeout: float,
     output: Output,
     owner: Ownership | None = None,
-    name: str = "",
 ) -> AsyncIterator[ProcessGroup]:
     """Run ``argv`` as the head of a new session with ``env`` as its whole environment; leaving ends its whole tree.
 

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving import DEADLINE, eventually
+from tests.gateway.conftest import remote
+from tests.serving import DEADLINE, eventually, serving
 
 
 def stats(port: int) -> dict[str, Any]:
@@ -71,14 +72,24 @@ def in_flight(port: int) -> int:
     return count
 
 
-def test_a_slow_reader_slows_the_server(gateway: int, upstream: int) -> None:
-    """What nobody reads is not piled up in the gateway: the server's connection is paused."""
-    with socket.socket() as connection:
+def test_a_slow_reader_slows_the_server(upstream: int, server: str) -> None:
+    """What nobody reads is not piled up in the gateway: it stops taking more from the server."""
+    size = 200_000_000
+    gateway = remote(upstream)
+    with serving(gateway, server) as port, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(DEADLINE)
-        connection.connect(("127.0.0.1", gateway))
-        connection.sendall(b"GET /m/v1/bytes/200000000 HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(f"GET /m/v1/bytes/{size} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert connection.recv(1000)
-        eventually(lambda: stats(upstream)["running"] >= 0)
-        assert in_flight(gateway) == 1
-    eventually(lambda: in_flight(gateway) == 0, "the request is gone")
+        assert gateway._fleet is not None
+        scheduler = gateway._fleet.scheduler
+        samples: list[int] = []
+
+        def has_stopped() -> bool:
+            samples.append(scheduler.progress("m"))
+            return len(samples) > 20 and len(set(samples[-20:])) == 1
+
+        eventually(has_stopped, "no more is taken")
+        assert 0 < samples[-1] < size / 4
+        assert scheduler.in_flight("m") == 1

@@ -31,9 +31,7 @@ async def running(
     mark: Mark, *argv: str, stop_timeout: float = 5.0, output: Output | None = None, owner: Ownership | None = None
 ) -> AsyncIterator[ProcessGroup]:
     output = output or Output(None)
-    group = open_process_group(
-        argv, env=mark.environment(), stop_timeout=stop_timeout, output=output, owner=owner, name="m"
-    )
+    group = open_process_group(argv, env=mark.environment(), stop_timeout=stop_timeout, output=output, owner=owner)
     with anyio.fail_after(30):
         async with group as process:
             yield process
