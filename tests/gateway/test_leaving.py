@@ -72,8 +72,9 @@ def in_flight(port: int) -> int:
     return count
 
 
-def test_a_slow_reader_slows_the_server(upstream: int, server: str) -> None:
-    """What nobody reads is not piled up in the gateway: it stops taking more from the server."""
+def test_a_slow_reader_slows_the_relay(upstream: int, server: str) -> None:
+    """The relay takes no more of an answer than its client reads. That the transport below then pauses the server is
+    tested with it."""
     size = 200_000_000
     gateway = remote(upstream)
     with serving(gateway, server) as port, socket.socket() as connection:
