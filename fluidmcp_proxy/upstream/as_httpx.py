@@ -21,7 +21,7 @@ from fluidmcp_proxy.errors import (
 )
 
 if TYPE_CHECKING:
-    from fluidmcp_proxy.upstream.client import Body, Response, Transport
+    from fluidmcp_proxy.upstream.client import Body, HttpTransport, Response
 
 __all__ = ["HttpxFace"]
 
@@ -30,9 +30,9 @@ _FRAMING = frozenset({b"connection", b"transfer-encoding"})
 
 
 class HttpxFace(httpx.AsyncBaseTransport):
-    """``handle_async_request`` over a ``Transport``. It does not own the transport: closing does nothing."""
+    """``handle_async_request`` over a ``HttpTransport``. It does not own the transport: closing does nothing."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: HttpTransport) -> None:
         self._transport = transport
 
     def __repr__(self) -> str:

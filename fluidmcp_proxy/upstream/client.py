@@ -17,8 +17,19 @@ import httpx
 from fluidmcp_proxy.upstream.as_httpx import HttpxFace
 from fluidmcp_proxy.upstream.over_httpx import OverHttpx
 from fluidmcp_proxy.upstream.transport import AsyncioTransport, is_asyncio
+from fluidmcp_proxy.upstream.websocket import WebSocket
 
-__all__ = ["Address", "Body", "Headers", "Response", "Timeouts", "Transport", "open_client", "open_transport"]
+__all__ = [
+    "Address",
+    "Body",
+    "Headers",
+    "HttpTransport",
+    "Response",
+    "Timeouts",
+    "Transport",
+    "open_client",
+    "open_transport",
+]
 
 Headers = Sequence[tuple[bytes, bytes]]
 Body = bytes | AsyncIterator[bytes] | None
@@ -87,8 +98,8 @@ class Response(Protocol):
         """Raw, not decoded, never an empty chunk. Raises as ``exchange`` does when the answer breaks off."""
 
 
-class Transport(Protocol):
-    """The connections to one model's server."""
+class HttpTransport(Protocol):
+    """The connections to one model's server, for requests."""
 
     def exchange(
         self, method: bytes, target: bytes, headers: Headers, body: Body = None
@@ -109,6 +120,24 @@ class Transport(Protocol):
 
     async def aclose(self) -> None:
         """Close every connection; exchanges under way end with ``UpstreamDisconnected``."""
+
+
+class Transport(HttpTransport, Protocol):
+    """The connections to one model's server."""
+
+    def open_websocket(
+        self, target: bytes, headers: Headers, subprotocols: Sequence[str] = (), *, max_message: int
+    ) -> AbstractAsyncContextManager[WebSocket]:
+        """Open a WebSocket and yield it; leaving closes it. ``max_message`` limits what is received, in bytes.
+
+        ``headers`` are as for ``exchange``; those of the handshake are added. The limit until the server has agreed
+        is ``Timeouts.first_byte``; a WebSocket's silence has none.
+
+        Raises:
+            UpstreamUnavailable: connecting failed, so another try is safe; or this is not asyncio.
+            HandshakeRefused: the server answered the handshake with something else than 101.
+            UpstreamDisconnected, UpstreamInvalidResponse, UpstreamTimeout, InvalidTarget: as ``exchange`` does.
+        """
 
 
 def open_transport(
@@ -147,6 +176,12 @@ class _AtFirstUse:
     ) -> AbstractAsyncContextManager[Response]:
         return (self._chosen or self._choose()).exchange(method, target, headers, body)
 
+    def open_websocket(
+        self, target: bytes, headers: Headers, subprotocols: Sequence[str] = (), *, max_message: int
+    ) -> AbstractAsyncContextManager[WebSocket]:
+        chosen = self._chosen or self._choose()
+        return chosen.open_websocket(target, headers, subprotocols, max_message=max_message)
+
     async def aclose(self) -> None:
         await (self._chosen or self._choose()).aclose()
 
@@ -156,7 +191,7 @@ class _AtFirstUse:
         return self._chosen
 
 
-def open_client(transport: Transport, address: Address) -> httpx.AsyncClient:
+def open_client(transport: HttpTransport, address: Address) -> httpx.AsyncClient:
     """Make an ``httpx.AsyncClient`` over ``transport`` whose base URL is the server's ``/v1``.
 
     It obeys no proxy variable and follows no redirect. Closing it leaves the transport open: that has its own owner.

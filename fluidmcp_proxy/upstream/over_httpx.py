@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from fluidmcp_proxy.upstream.framing import Framing, frame
 
 if TYPE_CHECKING:
     from fluidmcp_proxy.upstream.client import Address, Body, Headers, Timeouts
+    from fluidmcp_proxy.upstream.websocket import WebSocket
 
 __all__ = ["OverHttpx"]
 
@@ -71,6 +72,12 @@ class OverHttpx:
         )
         request.method = method.decode("ascii")
         return _Exchange(self._transport, request, timeouts.idle, timeout)
+
+    def open_websocket(
+        self, target: bytes, headers: Headers, subprotocols: Sequence[str] = (), *, max_message: int
+    ) -> AbstractAsyncContextManager[WebSocket]:
+        """Refuse: httpx speaks no WebSocket."""
+        raise UpstreamUnavailable("WebSockets are forwarded on asyncio only.")
 
     async def aclose(self) -> None:
         """Close every connection."""

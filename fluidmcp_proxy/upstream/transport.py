@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import anyio
 from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamUnavailable
 from fluidmcp_proxy.upstream.connection import Connection
 from fluidmcp_proxy.upstream.framing import Framing, encode_head, frame
+from fluidmcp_proxy.upstream.websocket import WebSocket
 
 if TYPE_CHECKING:
     from fluidmcp_proxy.upstream.client import Address, Body, Headers, Timeouts
@@ -44,7 +46,7 @@ class AsyncioTransport:
         self._keep_alive = keep_alive
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle: list[Connection] = []  # the one used last is last
-        self._all: set[Connection] = set()
+        self._all: set[Connection | WebSocket] = set()
         self._sweep: asyncio.TimerHandle | None = None
         self._tls: ssl.SSLContext | None = None
         self._closed = False
@@ -58,6 +60,20 @@ class AsyncioTransport:
         """See ``Transport.exchange``."""
         framing = frame(method, target, headers, body)
         return _Exchange(self, encode_head(method, target, framing.headers), framing, method == b"HEAD")
+
+    @asynccontextmanager
+    async def open_websocket(
+        self, target: bytes, headers: Headers, subprotocols: Sequence[str] = (), *, max_message: int
+    ) -> AsyncIterator[WebSocket]:
+        """See ``Transport.open_websocket``."""
+        self._settle()
+        socket = WebSocket(asyncio.get_running_loop(), self._all.discard, subprotocols, max_message)
+        await self._reach(socket)
+        try:
+            await socket.shake_hands(target, headers, self._timeouts.first_byte)
+            yield socket
+        finally:
+            socket.leave()
 
     async def aclose(self) -> None:
         """Close every connection; exchanges under way end with ``UpstreamDisconnected``."""
@@ -79,12 +95,7 @@ class AsyncioTransport:
 
     def take_idle(self) -> Connection | None:
         """Return the connection used last, if it is surely still open at the other end."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            # Sockets belong to the event loop that made them.
-            self._loop, self._sweep = loop, None
-            self._idle.clear()
-            self._all.clear()
+        loop = self._settle()
         while self._idle:
             connection = self._idle.pop()
             if self._expires(connection) > loop.time() and connection.is_reusable():
@@ -104,22 +115,25 @@ class AsyncioTransport:
 
     async def connect(self) -> Connection:
         """Open a connection."""
+        connection = Connection(asyncio.get_running_loop(), self._forget)
+        await self._reach(connection)
+        return connection
+
+    async def _reach(self, connection: Connection | WebSocket) -> None:
         if self._closed:
             raise UpstreamUnavailable("The connections to the model's server are closed.")
         try:
             async with asyncio.timeout(self._timeouts.connect):
-                connection = await self._dial()
+                await self._dial(connection)
         except (OSError, UnicodeError) as error:  # TimeoutError and ssl.SSLError are OSErrors
             raise UpstreamUnavailable("The model's server cannot be reached.") from error
         self.opened += 1
         if not connection.is_open():
             # Nothing of the request has left, so this is still a connect that failed.
             raise UpstreamUnavailable("The model's server closed the connection at once.")
-        return connection
 
-    async def _dial(self) -> Connection:
+    async def _dial(self, connection: Connection | WebSocket) -> None:
         loop, address = asyncio.get_running_loop(), self._address
-        connection = Connection(loop, self._forget)
         tls = self._tls_context() if address.scheme == "https" else None
         name = address.host if tls is not None else None
         if address.uds is not None:
@@ -128,7 +142,15 @@ class AsyncioTransport:
             await loop.create_connection(lambda: connection, address.host, address.port, ssl=tls, server_hostname=name)
         if connection.is_open():
             self._all.add(connection)
-        return connection
+
+    def _settle(self) -> asyncio.AbstractEventLoop:
+        """The running event loop; on another one than before nothing is kept, since it made its sockets itself."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._sweep = loop, None
+            self._idle.clear()
+            self._all.clear()
+        return loop
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -12,6 +12,7 @@ from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.models.supervisor import CannotStart, Supervisor
 from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response
+from fluidmcp_proxy.upstream.websocket import WebSocket
 
 ADDRESS = Address("http", "127.0.0.1", 8001)
 
@@ -49,6 +50,11 @@ class FakeTransport:
         self.asked.append(target)
         await anyio.lowlevel.checkpoint()
         yield FakeResponse(self.status())
+
+    def open_websocket(
+        self, target: bytes, headers: Headers, subprotocols: Sequence[str] = (), *, max_message: int
+    ) -> AbstractAsyncContextManager[WebSocket]:
+        raise NotImplementedError
 
     async def aclose(self) -> None:
         self.closed = True

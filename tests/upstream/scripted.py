@@ -83,6 +83,10 @@ class Peer:
         while await self.receive():
             pass
 
+    def stop_reading(self) -> None:
+        """Until the next ``receive``; anyio reads ahead before its first one. On asyncio."""
+        self.stream._transport.pause_reading()  # type: ignore[attr-defined]
+
     def reset(self) -> None:
         """Close with RST instead of FIN."""
         raw: socket.socket = self.stream.extra(anyio.abc.SocketAttribute.raw_socket)

@@ -9,6 +9,7 @@ from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamError, UpstreamI
 from fluidmcp_proxy.upstream.client import Timeouts, Transport
 from fluidmcp_proxy.upstream.connection import Connection
 from fluidmcp_proxy.upstream.transport import AsyncioTransport
+from fluidmcp_proxy.upstream.websocket import WebSocket
 
 from .scripted import HOST, OK, Peer, ask, connect, serve
 
@@ -227,12 +228,11 @@ async def test_server_that_hangs_up_at_once(wire: str) -> None:
 @RAW
 async def test_hung_up_before_anything_was_sent_is_a_failed_connect(wire: str) -> None:
     class Late(AsyncioTransport):
-        async def _dial(self) -> Connection:
-            connection = await super()._dial()
+        async def _dial(self, connection: Connection | WebSocket) -> None:
+            await super()._dial(connection)
             while connection.is_open():
                 await anyio.sleep(0)
             await anyio.sleep(0.01)
-            return connection
 
     async def script(peer: Peer) -> None:
         pass

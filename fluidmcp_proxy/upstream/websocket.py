@@ -1,0 +1,393 @@
+"""The client side of one WebSocket to a model's server: messages both ways, flow control both ways, on asyncio.
+
+The protocol itself (RFC 6455) is the ``websockets`` package's, without its I/O. Opening the connection is up to
+``transport``.
+
+No extension is offered, so nothing is compressed on this hop: both ends are near, and audio does not shrink. A message
+is held whole, since ASGI knows no fragments; its size has the limit that the caller sets. This side pings a server that
+has been silent for ``PING_AFTER`` seconds, so that what lies between the two does not forget the connection, and takes
+it for dead only after ``PATIENCE``: a model's server answers no ping while it is busy with its own work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import anyio
+from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidStatus, PayloadTooBig
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Response
+from websockets.protocol import State
+from websockets.typing import Subprotocol
+from websockets.uri import WebSocketURI
+
+from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamInvalidResponse, UpstreamTimeout
+from fluidmcp_proxy.upstream.framing import encode_head
+
+if TYPE_CHECKING:
+    from fluidmcp_proxy.upstream.client import Headers
+
+__all__ = ["HandshakeRefused", "WebSocket", "WebSocketClosed", "can_be_sent"]
+
+PING_AFTER = 20.0
+PATIENCE = 300.0
+
+# Received and not yet taken: above this the server is paused. A message counts as a little more than its bytes.
+_HIGH_WATER = 64 * 1024
+_OVERHEAD = 64
+# How long the server may take to answer that its client has left.
+_CLOSE_TIMEOUT = 0.8
+_MAX_REASON_BYTES = 123  # of a control frame's 125 (RFC 6455 §5.5), less the code
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
+
+Error = TypeVar("Error", bound=Exception)
+
+
+class HandshakeRefused(Exception):
+    """The server answered the handshake with something else than 101: ``status``, ``headers``, ``body``.
+
+    The body is as it was sent; ``websockets`` reads at most 1 MiB of it, and takes more for nonsense.
+    """
+
+    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        super().__init__(f"the model's server answered the handshake with {status}")
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+
+class WebSocketClosed(Exception):
+    """The server closed the connection in good form. ``code`` is 1005 if it gave none (RFC 6455 §7.1.5)."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"closed with {code}")
+        self.code = code
+        self.reason = reason
+
+
+def can_be_sent(code: int) -> bool:
+    """Whether a Close frame may carry ``code`` (RFC 6455 §7.4): 1005, 1006 and 1015 only describe an end without it."""
+    return (1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or 3000 <= code <= 4999
+
+
+class _Discreet(logging.LoggerAdapter[logging.Logger]):
+    """A logger that is never asked for DEBUG, where ``websockets`` writes headers and messages."""
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - logging's own name
+        return level > logging.DEBUG and super().isEnabledFor(level)
+
+
+_logger = _Discreet(logging.getLogger("fluidmcp_proxy.upstream"), {})
+
+
+class WebSocket(asyncio.Protocol):
+    """One connection; ``receive()`` is for one task, ``send()`` for one other.
+
+    ``headers`` are those of the server's 101, ``subprotocol`` the one that it chose, ``bytes_received`` the size of all
+    messages taken so far. Names that are no tokens (RFC 6455 §4.1) are not offered as subprotocols.
+    """
+
+    _transport: asyncio.Transport
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_gone: Callable[[WebSocket], None],
+        subprotocols: Sequence[str],
+        max_message: int,
+    ) -> None:
+        self._loop = loop
+        self._on_gone = on_gone
+        offered = [Subprotocol(name) for name in subprotocols if _TOKEN(name)] or None
+        # Where it is connected to, and under which names, is not this object's business.
+        uri = WebSocketURI(False, "", 80, "/", "")
+        self._wire = ClientProtocol(uri, subprotocols=offered, max_size=max_message, logger=_logger)
+        self._response: Response | None = None
+        self._messages: deque[tuple[str | bytes, int]] = deque()  # each with its size
+        self._buffered = 0
+        self._fragments: list[bytes] = []
+        self._is_text = False
+        self._paused = False
+        self._leaving = False
+        self._end: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._gone = anyio.Event()
+        self._heard = loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self.bytes_received = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+
+    def __repr__(self) -> str:
+        return f"<WebSocket {'open' if self.is_open() else 'closed'}>"
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The one that the server chose among those that were offered."""
+        return self._wire.subprotocol
+
+    def is_open(self) -> bool:
+        """Whether neither side has ended it, as far as is known."""
+        return self._end is None and not self._transport.is_closing()
+
+    # The relay's side.
+
+    async def shake_hands(self, target: bytes, headers: Headers, limit: float | None) -> None:
+        """Ask for the upgrade, and wait for the answer for ``limit`` seconds.
+
+        Raises:
+            HandshakeRefused: the server does not want to.
+            UpstreamDisconnected: it closed the connection instead.
+            UpstreamInvalidResponse: it neither agreed nor refused in HTTP/1.1.
+            UpstreamTimeout: it did not answer in time.
+            InvalidTarget: the request cannot be written as HTTP/1.1.
+        """
+        ours = [
+            (name.lower().encode("ascii"), value.encode("ascii"))
+            for name, value in self._wire.connect().headers.raw_items()
+            if name != "Host"
+        ]
+        self._transport.write(encode_head(b"GET", target, [*headers, *ours]))
+        self._watch_until(limit)
+        while self._response is None and self._end is None:
+            await self._wait()
+        if self._response is None or self._wire.handshake_exc is not None:
+            assert self._end is not None
+            raise self._end
+        self.headers = _pairs(self._response)
+        self._heard = self._loop.time()
+        self._keep_alive()
+
+    async def receive(self) -> str | bytes:
+        """The next message.
+
+        Raises:
+            WebSocketClosed: the server has closed the connection, after all its messages.
+            UpstreamDisconnected: the connection was lost.
+            UpstreamInvalidResponse: what came breaks the protocol, is no UTF-8, or is too large.
+            UpstreamTimeout: nothing came for ``PATIENCE`` seconds, not even the answer to a ping.
+        """
+        while not self._messages:
+            if self._end is not None:
+                raise self._end
+            await self._wait()
+        message, size = self._messages.popleft()
+        self.bytes_received += size
+        self._buffered -= size + _OVERHEAD
+        if self._paused and self._buffered <= _HIGH_WATER:
+            self._resume()
+        return message
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message as soon as the server has taken those before; dropped when the connection has ended.
+
+        That it waits before and not after lets the caller see its client leave while the server does not read.
+        """
+        if self._drained is not None:
+            await self._drained
+        if not self.is_open():
+            return  # receive() tells why
+        if isinstance(message, str):
+            self._wire.send_text(message.encode())
+        else:
+            self._wire.send_binary(message)
+        self._flush()
+
+    async def close(self, code: int, reason: str = "") -> None:
+        """Close in good form, with no code if ``code`` cannot be sent; returns within a second, also if cancelled."""
+        if not self.is_open():
+            return
+        self._leaving = True
+        if can_be_sent(code):
+            self._wire.send_close(code, reason.encode()[:_MAX_REASON_BYTES].decode("utf-8", "ignore"))
+        else:
+            self._wire.send_close()
+        self._flush()
+        self._resume()
+        with anyio.move_on_after(_CLOSE_TIMEOUT, shield=True):
+            await self._gone.wait()
+        self._transport.abort()
+
+    def leave(self) -> None:
+        """Let go of the connection at once; a server that is still there is told that this end goes away."""
+        if self.is_open() and self._wire.state is State.OPEN:
+            self._wire.send_close(1001)
+            self._flush()
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    def fail(self, error: Exception) -> None:
+        """End the connection with ``error``, after the messages that have arrived."""
+        self._over(error)
+        self._transport.abort()
+
+    # The event loop's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        self._heard = self._loop.time()
+        self._wire.receive_data(data)
+        self._flush()
+        self._digest()
+
+    def eof_received(self) -> None:
+        """Called by the event loop; returning nothing closes the connection."""
+        self._wire.receive_eof()
+        self._digest()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by the event loop."""
+        self._wire.receive_eof()
+        self._digest()
+        self._over(_lost(error))
+        self._gone.set()
+        self.resume_writing()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._on_gone(self)
+
+    def pause_writing(self) -> None:
+        """Called by the event loop."""
+        self._drained = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        """Called by the event loop."""
+        drained, self._drained = self._drained, None
+        if drained is not None and not drained.done():
+            drained.set_result(None)
+
+    # Between the two.
+
+    def _digest(self) -> None:
+        """Take in what the wire has made of the bytes."""
+        for event in self._wire.events_received():
+            if isinstance(event, Response):
+                self._response = event
+            elif isinstance(event, Frame) and self._end is None and not self._leaving:
+                self._take(event)
+        if (end := self._ending()) is not None:
+            self._over(end)
+        elif self._messages and self._buffered > _HIGH_WATER and not self._paused and not self._leaving:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def _take(self, frame: Frame) -> None:
+        if frame.opcode not in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
+            return  # the wire has answered a ping, and knows of a close
+        if frame.opcode is not Opcode.CONT:
+            self._is_text = frame.opcode is Opcode.TEXT
+        self._fragments.append(bytes(frame.data))
+        if not frame.fin:
+            return
+        data = self._fragments[0] if len(self._fragments) == 1 else b"".join(self._fragments)
+        self._fragments.clear()
+        try:
+            self._messages.append((data.decode() if self._is_text else data, len(data)))
+            self._buffered += len(data) + _OVERHEAD
+        except UnicodeDecodeError as error:
+            self._wire.fail(1007)
+            self._flush()
+            self._over(_caused(UpstreamInvalidResponse("What the model's server sent is no UTF-8."), error))
+
+    def _ending(self) -> Exception | None:
+        """Why nothing more will come, if so."""
+        wire = self._wire
+        if wire.handshake_exc is not None:
+            return self._failed_handshake(wire.handshake_exc)
+        if wire.close_rcvd is not None and wire.parser_exc is None:
+            return WebSocketClosed(wire.close_rcvd.code, wire.close_rcvd.reason)
+        if wire.parser_exc is None:
+            return None
+        if isinstance(wire.parser_exc, EOFError):
+            return _lost(wire.parser_exc)
+        what = "is too large" if isinstance(wire.parser_exc, PayloadTooBig) else "breaks the WebSocket protocol"
+        return _caused(UpstreamInvalidResponse(f"What the model's server sent {what}."), wire.parser_exc)
+
+    def _failed_handshake(self, error: Exception) -> Exception:
+        if isinstance(error, InvalidStatus) and error.response.status_code >= 200:
+            answer = error.response
+            return HandshakeRefused(answer.status_code, _pairs(answer), bytes(answer.body or b""))
+        if isinstance(error.__cause__, EOFError) and self._response is None:
+            return _lost(error)
+        return _caused(UpstreamInvalidResponse("The model's server did not answer the WebSocket handshake."), error)
+
+    def _over(self, end: Exception) -> None:
+        if self._end is None:
+            self._end = end
+            self._wake()
+
+    def _flush(self) -> None:
+        if self._transport.is_closing():
+            self._wire.data_to_send()
+            return
+        for data in self._wire.data_to_send():
+            if data:
+                self._transport.write(data)
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._heard = self._loop.time()
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    def _watch_until(self, limit: float | None) -> None:
+        if limit is not None:
+            late = UpstreamTimeout("The model's server did not answer in time.")
+            self._timer = self._loop.call_later(limit, self.fail, late)
+
+    def _keep_alive(self) -> None:
+        """Called every ``PING_AFTER`` seconds. While the server is paused its silence is ours."""
+        if self._timer is not None:
+            self._timer.cancel()
+        silence = 0.0 if self._paused else self._loop.time() - self._heard
+        if silence >= PATIENCE:
+            self.fail(UpstreamTimeout("The model's server has been silent for too long."))
+            return
+        if silence >= PING_AFTER and self._drained is None and self._wire.state is State.OPEN:
+            self._wire.send_ping(b"")
+            self._flush()
+        if self.is_open():
+            self._timer = self._loop.call_later(PING_AFTER, self._keep_alive)
+
+    async def _wait(self) -> None:
+        waiter = self._waiter = self._loop.create_future()
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _pairs(response: Response) -> list[tuple[bytes, bytes]]:
+    # Other bytes than ASCII are Latin-1 in websockets 17, surrogates before.
+    return [
+        (name.lower().encode("ascii"), value.encode("latin-1", "surrogateescape"))
+        for name, value in response.headers.raw_items()
+    ]
+
+
+def _lost(cause: Exception | None) -> UpstreamDisconnected:
+    return _caused(UpstreamDisconnected("The connection to the model's server was lost."), cause)
+
+
+def _caused(error: Error, cause: Exception | None) -> Error:
+    error.__cause__ = cause
+    return error
