@@ -52,6 +52,14 @@ def answers(port: int, path: str = "/health") -> bool:
         connection.close()
 
 
+def vllm_program(folder: Path) -> Path:
+    """The stub server as a program called ``vllm``, which is told its address as vLLM is."""
+    program = folder / "vllm"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {STUB} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
 @contextlib.contextmanager
 def stub(*arguments: str, ready: bool = True) -> Iterator[int]:
     """The stub model server, run by somebody else than the gateway; yields its port."""

@@ -24,6 +24,7 @@ from fluidmcp_proxy.cli import main
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.config.migrate import migrate
 from fluidmcp_proxy.gateway import pages
+from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.launcher import _port_in_use
 from fluidmcp_proxy.models.scheduler import Scheduler
 from fluidmcp_proxy.models.state import ModelState, ModelStatus
@@ -231,7 +232,7 @@ def test_messages_that_are_quoted_are_real() -> None:
         find_program("vllm", {"PATH": "/nowhere"})
     for message in (
         str(missing.value).partition(";")[0],
-        str(_port_in_use(model)).partition(";")[0],
+        str(_port_in_use(address_of(model))).partition(";")[0],
         str(AlreadyOwned("x", 4242, alive=True)).partition(" (")[0],
         f"not ready within startup_timeout ({model.startup_timeout:g} s)",
     ):

@@ -59,7 +59,9 @@ def upstream(model: ModelConfig) -> str:
     """The address at which the gateway reaches the model's server."""
     end = model.endpoint
     if end is None:
-        return "no address"
+        return "a Unix socket of the gateway's"
+    if end.uds is not None:
+        return f"unix:{end.uds}"
     host = f"[{end.host}]" if ":" in end.host else end.host
     return f"{end.scheme}://{host}:{end.port}{end.root}/v1"
 

@@ -27,6 +27,8 @@ def warnings_for(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str
         where = json_path("llmModels", model.id, "args", index)
         yield f"{where}: a secret in args is visible to every user of this machine; put it into env as ${{NAME}}"
     host = read_arguments(model.command, model.args).host
+    if model.endpoint is None or model.endpoint.uds is not None:
+        host = None  # on a Unix socket no port is opened
     if host is not None and host.value in ("0.0.0.0", "::", "[::]"):  # noqa: S104 - compared, not bound
         where = json_path("llmModels", model.id, "args", host.index)
         yield f"{where}: --host {host.value} opens the server to the network, past the gateway; write 127.0.0.1"

@@ -46,6 +46,11 @@ class ServerArguments:
         """The port without ``--port``, where it is known."""
         return VLLM_PORT if self.is_vllm and not self.config_file else None
 
+    @property
+    def takes_a_socket(self) -> bool:
+        """Whether the server would listen on vLLM's default port, so that it may as well be told ``--uds``."""
+        return self.default_port is not None and self.port is None and self.uds is None
+
 
 def read_arguments(command: str, args: Sequence[str]) -> ServerArguments:
     """Read ``--port``, ``--host``, ``--uds``, ``--model`` and ``--served-model-name``.
@@ -53,30 +58,31 @@ def read_arguments(command: str, args: Sequence[str]) -> ServerArguments:
     As argparse does, the last of several wins and ``--port=1`` is ``--port 1``; as vLLM does, ``_`` is ``-`` in names.
     """
     start = _vllm_start(command, args)
-    model = find_option(args, "--model")
+    first = start or 0  # what stands before `vllm serve` is a launcher's: `uv run -- vllm serve m`
+    model = find_option(args, "--model", first)
     return ServerArguments(
         is_vllm=start is not None,
-        port=find_option(args, "--port"),
-        host=find_option(args, "--host"),
-        uds=find_option(args, "--uds"),
-        config_file=start is not None and find_option(args, "--config") is not None,
+        port=find_option(args, "--port", first),
+        host=find_option(args, "--host", first),
+        uds=find_option(args, "--uds", first),
+        config_file=start is not None and find_option(args, "--config", first) is not None,
         model=model.value if model is not None else None if start is None else _positional(args[start:]),
-        served_model_names=_values(args, "--served-model-name"),
+        served_model_names=_values(args, "--served-model-name", first),
     )
 
 
-def find_option(args: Sequence[str], name: str) -> Option | None:
-    """The last occurrence of ``name``."""
+def find_option(args: Sequence[str], name: str, first: int = 0) -> Option | None:
+    """The last occurrence of ``name``, from the index ``first`` on."""
     found = None
-    for index, written, value in options(args):
+    for index, written, value in options(args, first):
         if written == name:
             found = Option(index, value)
     return found
 
 
-def options(args: Sequence[str]) -> Iterator[tuple[int, str, str | None]]:
+def options(args: Sequence[str], first: int = 0) -> Iterator[tuple[int, str, str | None]]:
     """Index, name and value of each long option; the value is the next argument unless that is an option itself."""
-    for index, argument in enumerate(args):
+    for index, argument in enumerate(args[first:], first):
         if argument == "--":
             return
         if not argument.startswith("--"):
@@ -124,8 +130,8 @@ def _positional(args: Sequence[str]) -> str | None:
     return None
 
 
-def _values(args: Sequence[str], name: str) -> tuple[str, ...]:
-    option = find_option(args, name)
+def _values(args: Sequence[str], name: str, first: int) -> tuple[str, ...]:
+    option = find_option(args, name, first)
     if option is None or option.value is None:
         return ()
     if "=" in args[option.index]:

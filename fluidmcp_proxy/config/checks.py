@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 
 from fluidmcp_proxy.errors import ConfigError
 
-from .endpoint import LOOPBACK, canonical_host
+from .arguments import read_arguments
+from .endpoint import LOOPBACK, Endpoint, canonical_host
 from .faults import json_path, shown
 from .models import ModelConfig
 from .settings import Settings
@@ -40,10 +41,19 @@ def _refuse_duplicates(models: Iterable[ModelConfig]) -> None:
             continue
         if model.command is None and other.command is None:
             continue
-        host, port = model.endpoint.address
-        problem = f"{shown(other.id)} has the same address (port {port}{'' if host == LOOPBACK else ' of ' + host})"
-        remedy = "give each server its own port, in args and base_url"
-        raise ConfigError("duplicate_upstream", problem, path=_where(model), remedy=remedy)
+        raise _duplicate(model, other, model.endpoint)
+
+
+def _duplicate(model: ModelConfig, other: ModelConfig, endpoint: Endpoint) -> ConfigError:
+    where, remedy = _where(model), "give each server its own port, in args and base_url"
+    host, port = endpoint.address
+    place = f"port {port}{'' if host == LOOPBACK else ' of ' + host}"
+    option = read_arguments(model.command or "", model.args).uds
+    if endpoint.uds is not None and option is not None:
+        place, remedy = f"socket {host.removeprefix('unix:')}", "give each server its own --uds, or none"
+        where = json_path("llmModels", model.id, "args", option.index)
+    problem = f"{shown(other.id)} has the same address ({place})"
+    return ConfigError("duplicate_upstream", problem, path=where, remedy=remedy)
 
 
 def _where(model: ModelConfig) -> str:

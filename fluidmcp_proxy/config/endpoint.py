@@ -6,6 +6,7 @@ It resolves no name and opens no connection.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from typing import Literal, cast
 from urllib.parse import urlsplit
@@ -19,6 +20,8 @@ _NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*")
 _ONE_ROUTE = re.compile(r"/v1/(chat/completions|completions|embeddings|responses|messages|models)$")
 _EXAMPLE = "write it like http://localhost:8001/v1"
+LONGEST_SOCKET = 103
+"""Bytes of a Unix socket's path: ``sun_path`` holds 108 on Linux and 104 on macOS, the NUL included."""
 LOOPBACK = "loopback"
 """The host of :attr:`Endpoint.address` that stands for localhost, 127.0.0.1, ::1 and the wildcards."""
 
@@ -33,10 +36,13 @@ class Endpoint(BaseModel):
     host: str = Field(description="A name or an IP address, without the brackets of IPv6, in lower case.")
     port: int = Field(ge=1, le=65535)
     root: str = Field(default="", description="The path before /v1, without a final slash: '' or '/api'.")
+    uds: str | None = Field(default=None, description="The Unix socket that is connected to instead of host and port.")
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port such that two endpoints on one listener compare equal, as far as that shows without DNS."""
+        if self.uds is not None:
+            return f"unix:{os.path.normpath(self.uds)}", 0
         return canonical_host(self.host), self.port
 
 
@@ -65,6 +71,11 @@ def local_endpoint(host: str | None, port: int) -> Endpoint:
         name = "::1"
     written = f"[{name}]" if ":" in name else name
     return parse_base_url(f"http://{written}:{port}/v1")
+
+
+def unix_endpoint(path: str) -> Endpoint:
+    """The endpoint of a server that was told ``--uds``; its Host header names localhost."""
+    return Endpoint(base_url="http://localhost/v1", scheme="http", host="localhost", port=80, uds=path)
 
 
 def parse_base_url(url: str) -> Endpoint:

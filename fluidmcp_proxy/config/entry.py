@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 from fluidmcp_proxy.errors import ConfigError
 
 from .arguments import Option, ServerArguments, glued_value, misspelt_dash, read_arguments
-from .endpoint import Endpoint, local_endpoint, parse_base_url
+from .endpoint import LONGEST_SOCKET, Endpoint, local_endpoint, parse_base_url, unix_endpoint
 from .expansion import expand
 from .faults import from_validation, json_path, kind
 from .models import EndpointsEntry, Environment, ModelConfig, ModelEntry, ModelOptions
@@ -118,18 +118,22 @@ def _expand_key(written: ModelEntry, environ: Mapping[str, str], path: tuple[str
     return key
 
 
-def _endpoint(written: ModelEntry, arguments: ServerArguments, path: tuple[str, ...]) -> Endpoint:
+def _endpoint(written: ModelEntry, arguments: ServerArguments, path: tuple[str, ...]) -> Endpoint | None:
+    """Where the server listens; None: on a Unix socket that the gateway chooses."""
     where = json_path(*path, "endpoints", "base_url")
     launched = written.command is not None
+    url = written.endpoints.base_url
     if launched and arguments.uds is not None:
-        problem = "a server on a Unix socket cannot be reached"
-        raise ConfigError(
-            "invalid_args", problem, path=json_path(*path, "args", arguments.uds.index), remedy="use --port"
-        )
+        if url is None:
+            return unix_endpoint(_socket(arguments.uds, path))
+        if arguments.is_vllm and written.verify_listener:
+            problem = "args says --uds, so vLLM listens on no port"
+            raise ConfigError("port_mismatch", problem, path=where, remedy="leave base_url out, or --uds")
     stated = _port(arguments.port, path, strict=arguments.is_vllm) if launched else None
     port = stated if arguments.port is not None else arguments.default_port
-    url = written.endpoints.base_url
     if url is None:
+        if launched and arguments.takes_a_socket and written.verify_listener:
+            return None
         return _derived(arguments.host.value if arguments.host else None, port, where, launched=launched)
     try:
         endpoint = parse_base_url(url)
@@ -153,6 +157,16 @@ def _derived(host: str | None, port: int | None, where: str, *, launched: bool) 
         raise ConfigError(
             "invalid_base_url", problem, path=where, remedy="write it like http://localhost:8001/v1"
         ) from None
+
+
+def _socket(option: Option, path: tuple[str, ...]) -> str:
+    """The path after ``--uds``: absolute, since it has to be found among the listeners as it was bound."""
+    text = option.value or ""
+    if text.startswith("/") and text.isprintable() and len(text.encode()) <= LONGEST_SOCKET:
+        return text
+    problem = f"--uds needs an absolute path of at most {LONGEST_SOCKET} bytes"
+    remedy = 'write "--uds", "/run/user/1000/vllm.sock", or leave it out: the gateway chooses one'
+    raise ConfigError("invalid_args", problem, path=json_path(*path, "args", option.index), remedy=remedy)
 
 
 def _port(option: Option | None, path: tuple[str, ...], *, strict: bool) -> int | None:

@@ -184,8 +184,8 @@ class EndpointsEntry(_Frozen):
     base_url: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description=(
-            "http or https address of the server, with or without /v1; by default derived from --port in "
-            "args. Required without command."
+            "http or https address of the server, with or without /v1; by default derived from --port or --uds in "
+            "args; a vLLM without either gets a Unix socket. Required without command."
         ),
     )
 
@@ -223,7 +223,9 @@ class ModelConfig(ModelOptions):
     env: InstanceOf[Environment] = Field(
         default_factory=Environment, exclude=True, description="Variables for the program, expanded."
     )
-    endpoint: Endpoint | None = Field(None, description="Where the server listens.")
+    endpoint: Endpoint | None = Field(
+        None, description="Where the server listens; None: on a Unix socket that the gateway chooses at each launch."
+    )
     readiness_path: str = Field("/health", description="Path polled on the server's root.")
     api_key: SecretStr | None = Field(None, description="Key that the gateway sends to the server.")
     served_names: Annotated[tuple[str, ...], Field(strict=False)] = Field(

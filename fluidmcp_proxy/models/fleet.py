@@ -93,7 +93,7 @@ def _server(
         progress=partial(scheduler.progress, model.id),
         stall_timeout=model.stall_timeout,
     )
-    launcher = ProcessLauncher(model, output, owner)
+    launcher = ProcessLauncher(model, output, owner, config.settings.runtime_dir)
     return Supervisor(model, launcher, connect=connect, drain=drain, until_stalled=stalled if model.liveness else None)
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.settings import child_environment
-from fluidmcp_proxy.models.address import address_of
+from fluidmcp_proxy.errors import FluidMCPError
+from fluidmcp_proxy.models.address import CHOSEN, address_of
 from fluidmcp_proxy.models.supervisor import CannotStart
+from fluidmcp_proxy.process import unix_socket
 from fluidmcp_proxy.process.group import CommandError, NoProcess, ProcessGroup, open_process_group
 from fluidmcp_proxy.process.listener import can_verify, port_is_free, resolve, verified_address
 from fluidmcp_proxy.process.output import Output
@@ -23,12 +26,16 @@ __all__ = ["ProcessLauncher"]
 
 
 class ProcessLauncher:
-    """Starts the ``command`` of a model, each time into a new process group with ``output`` as its terminal."""
+    """Starts the ``command`` of a model, each time into a new process group with ``output`` as its terminal.
 
-    def __init__(self, model: ModelConfig, output: Output, owner: Ownership | None) -> None:
+    Where the configuration has no address, the server is told a Unix socket below ``runtime_dir``, a new one each time.
+    """
+
+    def __init__(self, model: ModelConfig, output: Output, owner: Ownership | None, runtime_dir: Path) -> None:
         self._model = model
         self._output = output
         self._owner = owner
+        self._runtime_dir = runtime_dir
 
     def tail(self, lines: int) -> list[str]:
         """The last lines of the last launch's output, secrets redacted."""
@@ -39,38 +46,65 @@ class ProcessLauncher:
         """The running server; leaving the scope ends its whole tree.
 
         Raises:
-            CannotStart: ``command_invalid`` for a command that cannot be run, ``port_in_use``, ``no_process``.
+            CannotStart: ``command_invalid`` for a command that cannot be run, ``port_in_use``, ``no_process``,
+                ``no_socket``.
         """
         model = self._model
-        await self._refuse_taken_port()
         assert model.command is not None
-        self._output.begin()
-        try:
-            group = open_process_group(
-                [model.command, *model.args],
-                env=child_environment(model),
-                stop_timeout=model.stop_timeout,
-                output=self._output,
-                owner=self._owner,
-            )
-            async with group as process:
-                yield _Process(model, process)
-        except CommandError as exc:
-            raise CannotStart("command_invalid", str(exc)) from exc
-        except NoProcess as exc:
-            raise CannotStart("no_process", str(exc), final=False) from exc
+        async with self._address() as address:
+            arguments = list(model.args) if model.endpoint is not None else [*model.args, "--uds", address.uds or ""]
+            self._output.begin()
+            try:
+                group = open_process_group(
+                    [model.command, *arguments],
+                    env=child_environment(model),
+                    stop_timeout=model.stop_timeout,
+                    output=self._output,
+                    owner=self._owner,
+                )
+                async with group as process:
+                    yield _Process(model, process, address)
+            except CommandError as exc:
+                raise CannotStart("command_invalid", str(exc)) from exc
+            except NoProcess as exc:
+                raise CannotStart("no_process", str(exc), final=False) from exc
 
-    async def _refuse_taken_port(self) -> None:
-        configured = address_of(self._model)
-        if not await port_is_free(configured.host, configured.port):
-            raise _port_in_use(self._model)
+    @asynccontextmanager
+    async def _address(self) -> AsyncIterator[Address]:
+        """Where this launch is to listen, nobody being there. A server leaves its socket's file: it is removed here."""
+        address = address_of(self._model)
+        if address is CHOSEN:
+            address = replace(address, uds=self._private_path())
+        await _refuse_taken(address)
+        try:
+            yield address
+        finally:
+            if address.uds is not None and unix_socket.is_free(address.uds):
+                unix_socket.remove(address.uds)
+
+    def _private_path(self) -> str:
+        key = self._owner.key if self._owner else ""
+        try:
+            return unix_socket.private_path(self._runtime_dir, f"{key} {self._model.id}")
+        except FluidMCPError as exc:
+            raise CannotStart("no_socket", str(exc), final=False) from exc
+
+
+async def _refuse_taken(address: Address) -> None:
+    if address.uds is None:
+        is_free = await port_is_free(address.host, address.port)
+    elif is_free := unix_socket.is_free(address.uds):
+        unix_socket.remove(address.uds)
+    if not is_free:
+        raise _port_in_use(address)
 
 
 class _Process:
     """The supervisor's ``Child`` over a process group."""
 
-    def __init__(self, model: ModelConfig, group: ProcessGroup) -> None:
-        self._model = model
+    def __init__(self, model: ModelConfig, group: ProcessGroup, address: Address) -> None:
+        self.address = address
+        self._is_verifiable = model.verify_listener and can_verify()
         self._group = group
 
     @property
@@ -81,22 +115,32 @@ class _Process:
         return str(await self._group.wait())
 
     async def listening(self) -> Address | None:
-        """The configured address once this tree listens there, a name replaced by the address that was verified."""
-        configured = address_of(self._model)
-        if not (self._model.verify_listener and can_verify()):
-            taken = not await port_is_free(configured.host, configured.port)
-            return configured if taken else None
-        addresses = await resolve(configured.host)
-        host, is_strangers = verified_address(configured.port, addresses, self._group.pids())
+        """The address once this tree listens there, a name replaced by the address that was verified."""
+        address = self.address
+        if address.uds is not None:
+            return self._listening_on_socket(address.uds)
+        if not self._is_verifiable:
+            taken = not await port_is_free(address.host, address.port)
+            return address if taken else None
+        addresses = await resolve(address.host)
+        host, is_strangers = verified_address(address.port, addresses, self._group.pids())
         if is_strangers:
-            raise _port_in_use(self._model)
-        return None if host is None else replace(configured, host=host)
+            raise _port_in_use(address)
+        return None if host is None else replace(address, host=host)
+
+    def _listening_on_socket(self, path: str) -> Address | None:
+        if not self._is_verifiable:
+            return None if unix_socket.is_free(path) else self.address
+        is_ours, is_strangers = unix_socket.verified(path, self._group.pids())
+        if is_strangers:
+            raise _port_in_use(self.address)
+        return self.address if is_ours else None
 
 
-def _port_in_use(model: ModelConfig) -> CannotStart:
-    configured = address_of(model)
-    return CannotStart(
-        "port_in_use",
-        f"port {configured.port} ({configured.host}) is taken by a process that is not this model's; "
-        "stop that one, or choose another --port and base_url",
-    )
+def _port_in_use(address: Address) -> CannotStart:
+    if address.uds is not None:
+        place, remedy = f"socket {address.uds}", "choose another --uds"
+    else:
+        place, remedy = f"port {address.port} ({address.host})", "choose another --port and base_url"
+    problem = f"{place} is taken by a process that is not this model's; stop that one, or {remedy}"
+    return CannotStart("port_in_use", problem)

@@ -44,9 +44,10 @@ _NEXT: dict[ModelState, frozenset[ModelState]] = {
 class ModelStatus:
     """What is known of a model at one moment.
 
-    ``since`` is a Unix time in seconds; ``restarts`` counts those in a row, ``spawns`` all of them; ``last_exit`` says
-    how its server ended last, ``reason`` is a word for a program (``port_in_use``, ``exited``, ``startup_timeout`` …)
-    and ``message`` a sentence for a person, both of the last failure; ``progress`` is what the server last said while
+    ``since`` is a Unix time in seconds; ``address`` is where the server listens that was started last,
+    ``unix:PATH`` for a Unix socket; ``restarts`` counts those in a row, ``spawns`` all of them; ``last_exit`` says how
+    its server ended last, ``reason`` is a word for a program (``port_in_use``, ``exited``, ``startup_timeout`` …) and
+    ``message`` a sentence for a person, both of the last failure; ``progress`` is what the server last said while
     loading.
     """
 
@@ -54,6 +55,7 @@ class ModelStatus:
     state: ModelState
     since: float
     pid: int | None = None
+    address: str | None = None
     restarts: int = 0
     spawns: int = 0
     last_exit: str | None = None

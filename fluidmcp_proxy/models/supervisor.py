@@ -21,6 +21,7 @@ import anyio
 
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import FluidMCPError, ModelFailed, ModelStopped, ShuttingDown
+from fluidmcp_proxy.models.address import displayed
 from fluidmcp_proxy.models.readiness import until_ready
 from fluidmcp_proxy.models.restart import Restarts
 from fluidmcp_proxy.models.state import ModelState, ModelStatus
@@ -52,6 +53,10 @@ class Child(Protocol):
     @property
     def pid(self) -> int | None:
         """Its first process, where there is one on this machine."""
+
+    @property
+    def address(self) -> Address:
+        """Where it is to listen."""
 
     async def wait(self) -> str:
         """Return when it has ended, with a phrase that says how: ``exited with code 1``."""
@@ -219,7 +224,9 @@ class Supervisor:
         failure: _Failure | None = None
         try:
             async with self._launcher.open() as child:
-                self._status = replace(self._status, pid=child.pid, spawns=self._status.spawns + 1)
+                self._status = replace(
+                    self._status, pid=child.pid, address=displayed(child.address), spawns=self._status.spawns + 1
+                )
                 logger.info("model %s: started, pid %s", self.config.id, child.pid)
                 try:
                     failure = await self._watch(child)

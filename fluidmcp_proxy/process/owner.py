@@ -23,7 +23,7 @@ from fluidmcp_proxy.errors import FluidMCPError
 from fluidmcp_proxy.process.sweep import sweep
 from fluidmcp_proxy.process.tree import find, members
 
-__all__ = ["MARKER", "AlreadyOwned", "Ownership", "own"]
+__all__ = ["MARKER", "AlreadyOwned", "Ownership", "own", "private_folder"]
 
 MARKER = "FLUIDMCP_INTERNAL_TREE"
 """Variable that marks every process of a tree: the key of the owner, a dot, and a token made anew for each launch."""
@@ -133,15 +133,19 @@ def _is_alive(pid: int) -> bool:
 
 def _open(runtime_dir: Path, name: str) -> int:
     """The file of the lock, opened."""
-    path = _prepare(runtime_dir) / name
+    path = private_folder(runtime_dir) / name
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise FluidMCPError(f"{path} cannot be opened: {error.strerror}; set FLUIDMCP_RUNTIME_DIR") from error
 
 
-def _prepare(folder: Path) -> Path:
-    """The folder, private to this user: in a shared temporary directory somebody else may have made it before us."""
+def private_folder(folder: Path) -> Path:
+    """Make the folder, private to this user: in a shared temporary directory somebody else may have made it before us.
+
+    Raises:
+        FluidMCPError: it cannot be made, or is somebody else's.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.lstat()

@@ -15,7 +15,6 @@ from fluidmcp_proxy.config.arguments import read_arguments
         (["serve", "m", "--port=8001"], 8001),
         (["serve", "m", "--port", "1", "--port", "2"], 2),
         (["serve", "m", "--port=1", "--port", "2"], 2),
-        (["serve", "m"], 8000),
         (["serve", "m", "--port", "08001"], 8001),
     ],
 )
@@ -82,6 +81,51 @@ def test_served_names(args: list[str], names: tuple[str, ...]) -> None:
 
 def test_a_double_dash_ends_the_options() -> None:
     assert read_arguments("vllm", ["serve", "m", "--", "--port", "1"]).port is None
+
+
+def test_a_double_dash_of_a_launcher_does_not() -> None:
+    read = read_arguments("uv", ["run", "--port", "1", "--", "vllm", "serve", "m", "--served-model-name", "a"])
+    assert (read.port, read.model, read.served_model_names) == (None, "m", ("a",))
+    read = read_arguments("uv", ["run", "--", "vllm", "serve", "m", "--port", "2"])
+    assert read.port is not None
+    assert (read.port.index, read.port.value) == (5, "2")
+
+
+@pytest.mark.parametrize("args", [["serve", "m"], ["serve", "m", "--host", "127.0.0.1"]])
+def test_a_vllm_without_a_port_has_a_socket_of_the_gateway_s(args: list[str]) -> None:
+    config = parse_config({"llmModels": {"m": {"command": "vllm", "args": args}}}, environ={})
+    assert config.models["m"].endpoint is None
+    assert not config.warnings
+
+
+def test_one_that_is_not_the_gateway_s_child_cannot_be_given_a_socket() -> None:
+    entry = {"command": "docker", "args": ["run", "i", "vllm", "serve", "m"], "verify_listener": False}
+    endpoint = parse_config({"llmModels": {"m": entry}}, environ={}).models["m"].endpoint
+    assert endpoint is not None
+    assert (endpoint.host, endpoint.port) == ("127.0.0.1", 8000)
+
+
+@pytest.mark.parametrize("args", [["--uds", "/run/s"], ["--uds=/run/s"], ["--uds", "/run/s", "--host", "0.0.0.0"]])
+@pytest.mark.parametrize("command", ["vllm", "other"])
+def test_a_socket_that_was_written(command: str, args: list[str]) -> None:
+    entry = {"command": command, "args": ["serve", "m", *args]}
+    config = parse_config({"llmModels": {"m": entry}}, environ={})
+    endpoint = config.models["m"].endpoint
+    assert endpoint is not None
+    assert (endpoint.host, endpoint.port, endpoint.root, endpoint.uds) == ("localhost", 80, "", "/run/s")
+    assert not config.warnings  # --host opens nothing
+
+
+def test_the_address_of_a_server_that_maps_its_socket() -> None:
+    entry = {
+        "command": "docker",
+        "args": ["run", "i", "vllm", "serve", "m", "--uds", "/s"],
+        "verify_listener": False,
+        "endpoints": {"base_url": "http://localhost:8005"},
+    }
+    endpoint = parse_config({"llmModels": {"m": entry}}, environ={}).models["m"].endpoint
+    assert endpoint is not None
+    assert (endpoint.port, endpoint.uds) == (8005, None)
 
 
 def test_a_port_that_a_launcher_maps() -> None:

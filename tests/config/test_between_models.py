@@ -38,8 +38,23 @@ def test_two_models_on_one_address(refuse: Refuse, host: str) -> None:
 
 
 def test_vllms_default_port_collides_too(refuse: Refuse) -> None:
-    entry = {"command": "vllm", "args": ["serve", "m"]}
+    entry = {"command": "vllm", "args": ["serve", "m"], "verify_listener": False}
     assert refuse(models(a=entry, b=entry)).code == "duplicate_upstream"
+
+
+def test_sockets_collide(refuse: Refuse) -> None:
+    def on(path: str) -> dict[str, Any]:
+        return {"command": "vllm", "args": ["serve", "m", "--uds", path]}
+
+    error = refuse(models(a=on("/run/s"), b=on("/run//s")))
+    assert (error.code, error.path) == ("duplicate_upstream", "llmModels.b.args[2]")
+    assert "(socket /run/s)" in error.problem
+    assert len(parse_config(models(a=on("/run/s"), b=on("/run/t"), c=launched(80)), environ={}).models) == 3
+
+
+def test_a_socket_of_its_own_for_each() -> None:
+    entry = {"command": "vllm", "args": ["serve", "m"]}
+    assert len(parse_config(models(a=entry, b=entry), environ={}).models) == 2
 
 
 def test_a_server_of_someone_else_may_serve_many_models() -> None:

@@ -63,6 +63,7 @@ class FakeTransport:
 class FakeChild:
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self.address = ADDRESS
         self.listens = True
         self.refusal: CannotStart | None = None
         self._ended = anyio.Event()
