@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Launch = Literal["run", "uvicorn"]
+Launch = Literal["run", "uvicorn", "socket"]
+"""How the gateway is started; ``socket``: as ``run``, with a vLLM that nobody has given a port."""
 LOADING = 300.0
 """Seconds within which vLLM must be ready."""
 CLEARING = 60.0
@@ -188,7 +189,7 @@ class Runner:
         self._started += 1
         port, vllm_port, marker = free_port(), free_port(), f"e2e-{uuid.uuid4()}"
         configuration = self._folder / f"models-{self._started}.json"
-        configuration.write_text(json.dumps(self._document(vllm_port, marker)))
+        configuration.write_text(json.dumps(self._document(None if launch == "socket" else vllm_port, marker)))
         log = self._folder / f"gateway-{self._started}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -212,22 +213,23 @@ class Runner:
             for process in gateway.model_processes():
                 os.kill(process.pid, signal.SIGKILL)
 
-    def _document(self, port: int, marker: str) -> dict[str, Any]:
-        arguments = ["serve", self._prepared["model"], "--port", str(port), "--host", "127.0.0.1"]
+    def _document(self, port: int | None, marker: str) -> dict[str, Any]:
+        arguments = ["serve", self._prepared["model"]]
+        arguments += [] if port is None else ["--port", str(port), "--host", "127.0.0.1"]
         arguments += ["--served-model-name", "smol", "--max-model-len", "1024", "--enforce-eager"]
         model = {
             "command": self._prepared["vllm"],
             "args": arguments,
             "env": self._prepared["environment"] | {"E2E_MARKER": marker},
             "stop_timeout": 6,  # a vLLM that is still loading takes no notice of SIGTERM
-            "endpoints": {"base_url": f"http://127.0.0.1:{port}/v1"},
+            "endpoints": {} if port is None else {"base_url": f"http://127.0.0.1:{port}/v1"},
             "max_restarts": 10,  # it is killed several times within the minute that would forget the ones before
         }
         return {"llmModels": {"smol": model}}
 
 
 def _command(launch: Launch, configuration: Path, port: int) -> list[str]:
-    if launch == "run":
+    if launch != "uvicorn":
         return [sys.executable, "-m", "fluidmcp_proxy", "run", str(configuration), "--port", str(port)]
     return [sys.executable, "-m", "uvicorn", "fluidmcp_proxy:app", "--port", str(port), "--log-level", "warning"]
 
