@@ -27,9 +27,10 @@ from fluidmcp_proxy.gateway import pages
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.launcher import _port_in_use
 from fluidmcp_proxy.models.scheduler import Scheduler
-from fluidmcp_proxy.models.state import ModelState, ModelStatus
+from fluidmcp_proxy.models.state import ModelState
 from fluidmcp_proxy.process.group import CommandError, find_program
 from fluidmcp_proxy.process.owner import AlreadyOwned
+from tests.models.doubles import FakeServer
 from tests.serving import stub
 
 ROOT = Path(__file__).parent.parent
@@ -201,23 +202,10 @@ def test_the_states_and_what_is_told_of_a_model() -> None:
     assert all(f"`{state}`" in text for state in ModelState)
     config = parse_config({"llmModels": {"m": {"endpoints": {"base_url": "http://127.0.0.1:1/v1"}}}}, environ={})
     scheduler = Scheduler()
-    scheduler.admit(Silent(config.models["m"]))
+    scheduler.admit(FakeServer(config.models["m"]))
     told = json.loads(pages.model(scheduler, "m")[1])
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"\w+", row)} == set(told)
-
-
-class Silent:
-    """A server that only has a status."""
-
-    transport = None
-
-    def __init__(self, config: fluidmcp_proxy.ModelConfig) -> None:
-        self.config = config
-        self.status = ModelStatus(id=config.id, state=ModelState.STOPPED, since=0.0)
-
-    async def ready(self) -> Any:
-        raise AssertionError
 
 
 # Quotations

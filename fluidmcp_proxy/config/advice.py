@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from .arguments import read_arguments
 from .endpoint import LOOPBACK, canonical_host
 from .faults import json_path
-from .models import ModelConfig, ModelOptions
+from .models import ModelConfig
 from .secrets import secret_arguments
 
 _DEV_MODE = "VLLM_SERVER_DEV_MODE"
 _LAUNCH_ONLY = (
-    "startup_timeout", "stop_timeout", "restart_policy", "max_restarts", "restart_delay", "liveness", "stall_timeout",
-    "verify_listener"
+    "start", "idle_timeout", "group", "sleep", "startup_timeout", "stop_timeout", "restart_policy", "max_restarts",
+    "restart_delay", "liveness", "stall_timeout", "verify_listener"
 )  # fmt: skip
 
 
@@ -52,16 +52,18 @@ def _elsewhere(bound: str, reached: str) -> bool:
 
 
 def _dev_mode(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
+    if model.sleep is not None:
+        return
     # vLLM reads it as bool(int(value)).
     if model.env.get(_DEV_MODE, environ.get(_DEV_MODE, "0")).strip() in ("", "0"):
         return
     inside = _DEV_MODE in model.env
     where = json_path("llmModels", model.id, *(("env", _DEV_MODE) if inside else ()))
-    yield f"{where}: {_DEV_MODE}=1 opens vLLM's development routes; remove it unless sleep mode needs it"
+    yield f"{where}: {_DEV_MODE}=1 opens vLLM's development routes; remove it; for sleep mode, the key sleep is enough"
 
 
 def _unused(model: ModelConfig) -> Iterator[str]:
-    fields = ModelOptions.model_fields
+    fields = ModelConfig.model_fields
     unused = [name for name in _LAUNCH_ONLY if getattr(model, name) != fields[name].default]
     if model.env:
         unused.insert(0, "env")

@@ -12,7 +12,7 @@ from fluidmcp_proxy.errors import ConfigError
 from .arguments import read_arguments
 from .endpoint import LOOPBACK, Endpoint, canonical_host
 from .faults import json_path, shown
-from .models import ModelConfig
+from .models import ModelConfig, Start
 from .settings import Settings
 
 
@@ -21,6 +21,19 @@ def check_upstreams(models: Mapping[str, ModelConfig], settings: Settings) -> No
     for model in models.values():
         _refuse_gateway(model, settings)
     _refuse_duplicates(models.values())
+
+
+def check_groups(models: Mapping[str, ModelConfig]) -> None:
+    """Raise ``ConfigError`` ``invalid_value``: two models of a group cannot both be awake from the start."""
+    first: dict[str, ModelConfig] = {}
+    for model in models.values():
+        if model.command is None or model.group is None or model.start is not Start.EAGER:
+            continue
+        other = first.setdefault(model.group, model)
+        if other is not model:
+            problem = f"{shown(other.id)} of the same group is eager, too, and only one of them can be awake"
+            where = json_path("llmModels", model.id, "start")
+            raise ConfigError("invalid_value", problem, path=where, remedy='write "on_demand" here')
 
 
 def _refuse_gateway(model: ModelConfig, settings: Settings) -> None:

@@ -12,11 +12,11 @@ from pydantic import SecretStr, ValidationError
 
 from fluidmcp_proxy.errors import ConfigError
 
-from .arguments import Option, ServerArguments, glued_value, misspelt_dash, read_arguments
+from .arguments import Option, ServerArguments, find_option, glued_value, misspelt_dash, read_arguments
 from .endpoint import LONGEST_SOCKET, Endpoint, local_endpoint, parse_base_url, unix_endpoint
 from .expansion import expand
 from .faults import from_validation, json_path, kind
-from .models import EndpointsEntry, Environment, ModelConfig, ModelEntry, ModelOptions
+from .models import EndpointsEntry, Environment, ModelConfig, ModelEntry, ModelOptions, Start
 from .secrets import secret_arguments, secrets_of_environment, secrets_of_expansion, worth_redacting
 
 _KNOWN = {(): list(ModelEntry.model_fields), ("endpoints",): list(EndpointsEntry.model_fields)}
@@ -36,6 +36,7 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
     except ValidationError as error:
         raise from_validation(error, *path, known=_KNOWN) from None
     _check_command(written, path)
+    _check_sleep(written, path)
     env, secrets = _expand_env(written, environ, path)
     key = _expand_key(written, environ, path)
     arguments = read_arguments(written.command or "", written.args)
@@ -45,6 +46,7 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
         **{name: getattr(written, name) for name in ModelOptions.model_fields},
         id=model_id,
         env=env,
+        start=written.start or (Start.ON_DEMAND if written.group and written.command else Start.EAGER),
         endpoint=_endpoint(written, arguments, path),
         readiness_path=written.readiness_path or ("/v1/models" if written.command is None else "/health"),
         api_key=None if key is None else SecretStr(key),
@@ -86,6 +88,17 @@ def _check_command(written: ModelEntry, path: tuple[str, ...]) -> None:
         if vllm and glued_value(argument):
             remedy = 'write two strings: "--option", "value"'
             raise ConfigError("invalid_args", "an option and its value in one string", path=where, remedy=remedy)
+
+
+def _check_sleep(written: ModelEntry, path: tuple[str, ...]) -> None:
+    """vLLM has its sleep routes only with ``--enable-sleep-mode``; a launcher of one may add it by itself."""
+    arguments = read_arguments(written.command or "", written.args)
+    if written.sleep is None or not arguments.is_vllm or arguments.config_file:
+        return
+    if find_option(written.args, "--enable-sleep-mode") is None:
+        problem = "vLLM cannot sleep without --enable-sleep-mode"
+        remedy = 'add "--enable-sleep-mode" to args, or remove sleep'
+        raise ConfigError("invalid_value", problem, path=json_path(*path, "sleep"), remedy=remedy)
 
 
 def _expand_env(

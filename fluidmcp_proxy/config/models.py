@@ -44,6 +44,13 @@ class RestartPolicy(StrEnum):
     ALWAYS = "always"
 
 
+class Start(StrEnum):
+    """When a model's server is started."""
+
+    EAGER = "eager"
+    ON_DEMAND = "on_demand"
+
+
 class Environment(Mapping[str, str]):
     """Variables for a child. Immutable; its ``repr`` has the names only, since any value may be a secret."""
 
@@ -94,6 +101,12 @@ def _extra_path(path: str) -> str:
     return path
 
 
+def _group(name: str) -> str:
+    if not MODEL_ID.fullmatch(name):
+        raise refusal("cannot be a group's name", "use 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
+    return name
+
+
 _Argument = Annotated[str, AfterValidator(_passable)]
 _Seconds = Annotated[float, Field(ge=0)]
 _PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -117,6 +130,23 @@ class ModelOptions(_Frozen):
     )
     args: Annotated[tuple[_Argument, ...], Field(strict=False)] = Field(
         (), description="The program's arguments, one string each. Nothing in them is expanded."
+    )
+    idle_timeout: _PositiveSeconds | None = Field(
+        None,
+        description=(
+            "Seconds without a request after which the server is stopped, or put to sleep; the next request brings it "
+            "back. None: never."
+        ),
+    )
+    group: Annotated[str, AfterValidator(_group)] | None = Field(
+        None, description="Models that name the same group share one slot: only one of them is awake at a time."
+    )
+    sleep: Annotated[int, Field(ge=1, le=2)] | None = Field(
+        None,
+        description=(
+            "Put a vLLM with --enable-sleep-mode to sleep at this level instead of stopping it: 1 keeps the weights in "
+            "main memory, 2 reads them again."
+        ),
     )
     startup_timeout: _PositiveSeconds = Field(
         900.0, description="Seconds from the start of the program until its server must be ready."
@@ -157,8 +187,14 @@ class ModelOptions(_Frozen):
             "whose server is not its child (docker run)."
         ),
     )
+    max_concurrency: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Requests inside the server at once; more wait for their turn. None: no limit."
+    )
+    max_queue: Annotated[int, Field(ge=0)] = Field(
+        512, description="Requests that may wait, for the model to load or for their turn; one more is refused."
+    )
     queue_timeout: _Seconds = Field(
-        600.0, description="The longest, in seconds, that a request waits for the model to load."
+        600.0, description="The longest, in seconds, that a request waits for the model to load or for its turn."
     )
     connect_timeout: _PositiveSeconds = Field(5.0, description="Seconds to connect to the server.")
     first_byte_timeout: _PositiveSeconds | None = Field(
@@ -200,6 +236,13 @@ class ModelEntry(ModelOptions):
             "gateway's environment, $${ is a literal ${."
         ),
     )
+    start: Annotated[Start, Field(strict=False)] | None = Field(
+        None,
+        description=(
+            '"eager": with the gateway; "on_demand": with its first request. By default eager, in a group on_demand; at'
+            " most one model of a group is eager."
+        ),
+    )
     endpoints: EndpointsEntry = Field(EndpointsEntry(), description="The address of the model's server.")
     readiness_path: _ServerPath | None = Field(
         None,
@@ -223,6 +266,7 @@ class ModelConfig(ModelOptions):
     env: InstanceOf[Environment] = Field(
         default_factory=Environment, exclude=True, description="Variables for the program, expanded."
     )
+    start: Start = Field(Start.EAGER, description="When the server is started.")
     endpoint: Endpoint | None = Field(
         None, description="Where the server listens; None: on a Unix socket that the gateway chooses at each launch."
     )

@@ -198,12 +198,14 @@ def child_environment(model: ModelConfig, environ: Mapping[str, str] | None = No
     """The environment of a model's program: the gateway's less ``FLUIDMCP_*``, a few defaults, and the model's own.
 
     ``SPT_NOENV`` keeps setproctitle from erasing the environment that finds stray processes; a long keep-alive avoids
-    the race between vLLM's 5 s and the connection pool; unbuffered output shows what a loading server does.
+    the race between vLLM's 5 s and the connection pool; unbuffered output shows what a loading server does. vLLM has
+    its sleep routes in development mode only.
     """
     environ = environment() if environ is None else environ
     inherited = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
     defaults = {"PYTHONUNBUFFERED": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE)}
-    return {**defaults, **inherited, "SPT_NOENV": "1", **model.env}
+    forced = {"SPT_NOENV": "1"} | ({"VLLM_SERVER_DEV_MODE": "1"} if model.sleep is not None else {})
+    return {**defaults, **inherited, **forced, **model.env}
 
 
 def _section_values(section: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:

@@ -86,7 +86,10 @@ class Gateway:
         return _without_value(self.run())
 
     def begin_shutdown(self) -> None:
-        """Refuse new requests and begin to drain, before the server has called the end of the lifespan."""
+        """Refuse new requests and begin to drain, before the server has called the end of the lifespan.
+
+        To be called in the event loop that the gateway runs in.
+        """
         if self._fleet is not None:
             self._fleet.close()
 
@@ -172,7 +175,7 @@ class Gateway:
             return pages.health()
         fleet = self._running()
         if route is Page.READY:
-            return pages.ready(fleet.scheduler.statuses(), closing=fleet.closing)
+            return pages.ready(fleet.scheduler, closing=fleet.closing)
         if isinstance(route, ModelPage):
             return pages.model(fleet.scheduler, route.model)
         return pages.models(fleet.scheduler)

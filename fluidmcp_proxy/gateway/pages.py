@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from fluidmcp_proxy.models.scheduler import Scheduler
-from fluidmcp_proxy.models.state import ModelState, ModelStatus
+from fluidmcp_proxy.models.state import ModelStatus
 
 __all__ = ["health", "model", "models", "ready"]
 
@@ -21,10 +20,10 @@ def health() -> Answer:
     return _json(200, {"status": "ok"})
 
 
-def ready(statuses: Mapping[str, ModelStatus], *, closing: bool) -> Answer:
-    """200 when every model is ready or was stopped on purpose, else 503; the state by model."""
-    states = {name: status.state for name, status in statuses.items()}
-    is_ready = not closing and all(state in (ModelState.READY, ModelState.STOPPED) for state in states.values())
+def ready(scheduler: Scheduler, *, closing: bool) -> Answer:
+    """200 when every eager model is ready, or was stopped or put to sleep on purpose, else 503; the state by model."""
+    states = {name: status.state for name, status in scheduler.statuses().items()}
+    is_ready = not closing and not scheduler.missing()
     return _json(200 if is_ready else 503, {"ready": is_ready, "models": states})
 
 

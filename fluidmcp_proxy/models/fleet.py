@@ -13,13 +13,14 @@ from types import MappingProxyType
 
 import anyio
 
-from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig
+from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig, Start
 from fluidmcp_proxy.errors import ungrouped
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.launcher import ProcessLauncher
 from fluidmcp_proxy.models.liveness import until_stalled
 from fluidmcp_proxy.models.remote import RemoteServer
 from fluidmcp_proxy.models.scheduler import Scheduler
+from fluidmcp_proxy.models.sleep import SleepMode
 from fluidmcp_proxy.models.supervisor import Supervisor
 from fluidmcp_proxy.process.output import Output
 from fluidmcp_proxy.process.owner import Ownership, own
@@ -39,13 +40,14 @@ class Fleet:
     def close(self) -> None:
         """Have every model drained and stopped; requests that wait for one are refused from now on."""
         self.closing = True
+        self.scheduler.close()
         for server in self.servers.values():
             server.close()
 
 
 @asynccontextmanager
 async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
-    """Start every model and yield at once, while they load; leaving ends them all, drained first.
+    """Start the eager models and yield at once, while they load; leaving ends them all, drained first.
 
     Raises:
         AlreadyOwned: another gateway runs this configuration.
@@ -59,10 +61,11 @@ async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
         fleet = Fleet(servers, scheduler)
         with ungrouped():
             async with anyio.create_task_group() as tasks:
-                for server in servers.values():
+                tasks.start_soon(scheduler.run)
+                for name, server in servers.items():
                     tasks.start_soon(server.run)
-                    if isinstance(server, Supervisor):
-                        server.request_start()
+                    if server.config.start is Start.EAGER:
+                        scheduler.start(name)
                 try:
                     yield fleet
                 finally:
@@ -94,7 +97,14 @@ def _server(
         stall_timeout=model.stall_timeout,
     )
     launcher = ProcessLauncher(model, output, owner, config.settings.runtime_dir)
-    return Supervisor(model, launcher, connect=connect, drain=drain, until_stalled=stalled if model.liveness else None)
+    return Supervisor(
+        model,
+        launcher,
+        connect=connect,
+        drain=drain,
+        until_stalled=stalled if model.liveness else None,
+        sleep=None if model.sleep is None else SleepMode(address_of(model), model.sleep),
+    )
 
 
 def _connect(model: ModelConfig, address: Address) -> Transport:

@@ -14,7 +14,7 @@ from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.settings import child_environment
 from fluidmcp_proxy.errors import FluidMCPError
 from fluidmcp_proxy.models.address import CHOSEN, address_of
-from fluidmcp_proxy.models.supervisor import CannotStart
+from fluidmcp_proxy.models.child import CannotStart
 from fluidmcp_proxy.process import unix_socket
 from fluidmcp_proxy.process.group import CommandError, NoProcess, ProcessGroup, open_process_group
 from fluidmcp_proxy.process.listener import can_verify, port_is_free, resolve, verified_address

@@ -13,9 +13,9 @@ from dataclasses import replace
 import anyio
 
 from fluidmcp_proxy.config.models import ModelConfig
-from fluidmcp_proxy.errors import ModelStopped, ShuttingDown
+from fluidmcp_proxy.errors import GatewayError, ModelStopped, ShuttingDown
 from fluidmcp_proxy.models.readiness import is_serving, probe
-from fluidmcp_proxy.models.state import ModelState, ModelStatus
+from fluidmcp_proxy.models.state import ModelState, ModelStatus, Phase
 from fluidmcp_proxy.upstream.client import Address, Transport
 
 __all__ = ["RemoteServer"]
@@ -35,6 +35,7 @@ class RemoteServer:
         self._address = address
         self._drain = drain
         self._closing = anyio.Event()
+        self._changed: Callable[[], None] = lambda: None
         self.transport: Transport | None = transport
         self._status = ModelStatus(id=config.id, state=ModelState.STARTING, since=time.time())
 
@@ -46,22 +47,30 @@ class RemoteServer:
         """What the last probe saw: ``ready``, or ``starting`` while the server does not answer."""
         return self._status
 
-    async def ready(self) -> Transport:
-        """The way to the server. Raises ``ShuttingDown`` after ``close()``."""
-        if self.transport is None:
-            raise ShuttingDown("The gateway is shutting down.", retry_after=5)
-        return self.transport
+    @property
+    def phase(self) -> Phase:
+        """``READY`` until ``close()``: whether the server is there shows when it is used."""
+        return Phase.GOING if self.transport is None else Phase.READY
+
+    def refusal(self) -> GatewayError | None:
+        """``ShuttingDown`` after ``close()``."""
+        return ShuttingDown("The gateway is shutting down.", retry_after=5) if self.transport is None else None
+
+    def observe(self, changed: Callable[[], None]) -> None:
+        """Have ``changed`` called when this closes."""
+        self._changed = changed
 
     def request_start(self) -> None:
         """Nothing to start: raises ``ModelStopped`` with the reason."""
         raise ModelStopped(f"The server of LLM model '{self.config.id}' is not run by this gateway.")
 
-    request_stop = request_restart = request_start
+    request_stop = request_rest = request_restart = request_start
 
     def close(self) -> None:
         """No more requests; ``run()`` returns when those inside are done."""
         self.transport = None
         self._closing.set()
+        self._changed()
 
     async def run(self) -> None:
         """Probe until ``close()``, then drain and close the connections."""

@@ -6,16 +6,17 @@ Only a supervisor makes one; nobody decides from a snapshot, since it is old as 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
-__all__ = ["ModelState", "ModelStatus"]
+__all__ = ["ModelState", "ModelStatus", "Phase"]
 
 
 class ModelState(StrEnum):
     """Where a model is in its life.
 
     ``stopped`` means that its whole tree of processes is gone, not only the server's first process. ``backoff`` is the
-    pause before a restart; ``failed`` is left by an explicit start only.
+    pause before a restart; ``failed`` is left when the model is started again. ``asleep`` and ``waking`` are a
+    vLLM's in sleep mode: its processes live, its GPU memory is free; while it is put to sleep it is ``stopping``.
     """
 
     STOPPED = "stopped"
@@ -23,6 +24,8 @@ class ModelState(StrEnum):
     READY = "ready"
     BACKOFF = "backoff"
     STOPPING = "stopping"
+    ASLEEP = "asleep"
+    WAKING = "waking"
     FAILED = "failed"
 
     def may_become(self, new: ModelState) -> bool:
@@ -35,9 +38,25 @@ _NEXT: dict[ModelState, frozenset[ModelState]] = {
     ModelState.STARTING: frozenset({ModelState.READY, ModelState.BACKOFF, ModelState.FAILED, ModelState.STOPPING}),
     ModelState.READY: frozenset({ModelState.BACKOFF, ModelState.FAILED, ModelState.STOPPING}),
     ModelState.BACKOFF: frozenset({ModelState.STARTING, ModelState.FAILED, ModelState.STOPPING}),
-    ModelState.STOPPING: frozenset({ModelState.STOPPED}),
+    ModelState.STOPPING: frozenset({ModelState.STOPPED, ModelState.ASLEEP}),
+    ModelState.ASLEEP: frozenset({ModelState.WAKING, ModelState.STOPPING}),
+    ModelState.WAKING: frozenset({ModelState.READY, ModelState.BACKOFF, ModelState.FAILED, ModelState.STOPPING}),
     ModelState.FAILED: frozenset({ModelState.STARTING, ModelState.STOPPED}),
 }
+
+
+class Phase(Enum):
+    """What a model is up to, as far as it matters to whoever wants to use it.
+
+    It follows what was asked at once, while the state follows what has been done: a model that was asked to start is
+    ``COMING`` before its state is ``starting``.
+    """
+
+    RESTING = auto()
+    """Holds nothing that another model could want, and is not wanted itself: stopped, asleep or failed."""
+    COMING = auto()
+    READY = auto()
+    GOING = auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

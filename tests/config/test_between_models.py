@@ -148,6 +148,8 @@ def test_the_development_mode(value: str) -> None:
     (outside,) = warnings(models(m=launched()), {"VLLM_SERVER_DEV_MODE": value})
     assert outside.startswith("llmModels.m: ")
     assert warnings(models(m=launched(env={"VLLM_SERVER_DEV_MODE": "0"})), {"VLLM_SERVER_DEV_MODE": value}) == ()
+    able = ["serve", "m", "--port", "8001", "--enable-sleep-mode"]
+    assert warnings(models(m=launched(args=able, sleep=1)), {"VLLM_SERVER_DEV_MODE": value}) == ()
 
 
 @pytest.mark.parametrize(
@@ -184,9 +186,11 @@ def test_a_reference_in_args_is_not_expanded() -> None:
 
 
 def test_what_a_model_without_a_command_cannot_use() -> None:
-    entry = {**remote("http://x"), "env": {"A": "1"}, "stop_timeout": 5}
+    entry = {**remote("http://x"), "env": {"A": "1"}, "stop_timeout": 5, "start": "on_demand", "group": "g"}
     assert [warning.split(":")[0] for warning in warnings(models(m=entry))] == [
         "llmModels.m.env",
+        "llmModels.m.start",
+        "llmModels.m.group",
         "llmModels.m.stop_timeout",
     ]
 

@@ -47,7 +47,7 @@ def test_every_key_of_a_model_with_its_default() -> None:
     for name, field in ModelEntry.model_fields.items():
         if name == "endpoints":
             continue
-        default = ModelConfig.model_fields[name].default if name == "readiness_path" else field.default
+        default = ModelConfig.model_fields[name].default if name in ("readiness_path", "start") else field.default
         assert table[name] == written(default), name
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fluidmcp_proxy.config import RestartPolicy, parse_config
+from fluidmcp_proxy.config.models import Start
 from fluidmcp_proxy.errors import ConfigError
 
 Refuse = Callable[..., ConfigError]
@@ -38,6 +39,10 @@ def test_defaults_are_the_contracts() -> None:
     model = parse_config(one(VLLM), environ={}).models["m"]
     values = model.model_dump(exclude={"id", "command", "args", "endpoint", "served_names"})
     assert values == {
+        "start": Start.EAGER,
+        "idle_timeout": None,
+        "group": None,
+        "sleep": None,
         "startup_timeout": 900.0,
         "stop_timeout": 30.0,
         "restart_policy": RestartPolicy.ON_FAILURE,
@@ -47,6 +52,8 @@ def test_defaults_are_the_contracts() -> None:
         "liveness": False,
         "stall_timeout": 300.0,
         "verify_listener": True,
+        "max_concurrency": None,
+        "max_queue": 512,
         "queue_timeout": 600.0,
         "connect_timeout": 5.0,
         "first_byte_timeout": None,
@@ -175,7 +182,7 @@ def test_keys_of_a_model(refuse: Refuse, entry: Any, code: str, path: str) -> No
     "name",
     ["startup_timeout", "stop_timeout", "stall_timeout", "restart_delay",
      "queue_timeout", "connect_timeout", "first_byte_timeout",
-     "stream_idle_timeout", "max_restarts"],
+     "stream_idle_timeout", "max_restarts", "idle_timeout", "sleep", "max_concurrency", "max_queue"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", ["5", True, -1, float("nan"), float("inf"), [], {}, "${N}"])
 def test_numbers_are_json_numbers(refuse: Refuse, name: str, value: Any) -> None:
@@ -190,6 +197,8 @@ def test_numbers_are_json_numbers(refuse: Refuse, name: str, value: Any) -> None
         ("connect_timeout", 0), ("first_byte_timeout", 0), ("restart_delay", 61),
         ("startup_timeout", None), ("max_restarts", 1.5), ("max_restarts", None), ("restart_policy", "never"),
         ("restart_policy", True), ("restart_policy", None), ("verify_listener", "false"), ("verify_listener", 0),
+        ("idle_timeout", 0), ("sleep", 0), ("sleep", 3), ("sleep", 1.0), ("max_concurrency", 0), ("max_queue", None),
+        ("start", "lazy"), ("start", True), ("group", ""), ("group", "a b"), ("group", 1), ("group", "a" * 65),
         ("readiness_path", "health"), ("readiness_path", ""), ("readiness_path", "/a b"), ("readiness_path", "/a\n"),
         ("readiness_path", 1), ("extra_paths", "/metrics"), ("extra_paths", None), ("api_key", ""), ("api_key", 1),
         ("api_key", "a b"), ("api_key", "a\nb"), ("api_key", "schlüssel"),
@@ -235,8 +244,7 @@ def test_good_values() -> None:
         ({"llmModels": {"m": VLLM}, "gateway": {"prot": 1}}, "gateway.prot", "'port'"),
         *(
             (one({**VLLM, later: 1}), f"llmModels.m.{later}", "")
-            for later in ("aliases", "start", "idle_timeout", "group", "sleep", "max_concurrency", "max_queue",
-                          "replicas", "gpus", "affinity")
+            for later in ("aliases", "replicas", "gpus", "affinity")
         ),
     ],
 )  # fmt: skip
@@ -253,3 +261,45 @@ def test_schema_key_is_for_editors() -> None:
 def test_the_first_fault_in_the_files_order_is_reported(refuse: Refuse) -> None:
     entry = {"endpoints": 1, "command": 1, "args": 1}
     assert {refuse({"llmModels": {"a": entry, "b": []}}).path for _ in range(5)} == {"llmModels.a.command"}
+
+
+def test_when_models_start() -> None:
+    document = {
+        "llmModels": {
+            "alone": VLLM,
+            "later": {"command": "vllm", "args": ["serve", "m", "--port", "8002"], "start": "on_demand"},
+            "grouped": {"command": "vllm", "args": ["serve", "m", "--port", "8003"], "group": "gpu0"},
+            "first": {"command": "vllm", "args": ["serve", "m", "--port", "8004"], "group": "gpu0", "start": "eager"},
+            "remote": {**REMOTE, "group": "gpu0"},
+        }
+    }
+    models = parse_config(document, environ={}).models
+    assert {name: str(model.start) for name, model in models.items()} == {
+        "alone": "eager",
+        "later": "on_demand",
+        "grouped": "on_demand",
+        "first": "eager",
+        "remote": "eager",
+    }
+
+
+def test_two_eager_models_of_a_group(refuse: Refuse) -> None:
+    first = {**VLLM, "group": "g", "start": "eager"}
+    second = {**first, "args": ["serve", "m", "--port", "8002"]}
+    error = refuse({"llmModels": {"a": first, "b": second}})
+    assert (error.code, error.path) == ("invalid_value", "llmModels.b.start")
+    assert "'a'" in error.problem
+    assert parse_config({"llmModels": {"a": first, "b": {**second, "group": "h"}}}, environ={}).models
+    assert parse_config({"llmModels": {"a": first, "b": {**second, "start": "on_demand"}}}, environ={}).models
+
+
+def test_sleep_needs_sleep_mode(refuse: Refuse) -> None:
+    error = refuse(one({**VLLM, "sleep": 1}))
+    assert (error.code, error.path) == ("invalid_value", "llmModels.m.sleep")
+    assert "--enable-sleep-mode" in error.remedy
+    for able in (
+        {**VLLM, "args": [*VLLM["args"], "--enable-sleep-mode"]},
+        {**VLLM, "args": [*VLLM["args"], "--config", "c.yaml"]},
+        {"command": "./serve.sh", **REMOTE},
+    ):
+        assert parse_config(one({**able, "sleep": 2}), environ={}).models["m"].sleep == 2

@@ -177,3 +177,11 @@ def test_the_users_own_keep_alive_wins(short: dict[str, Any]) -> None:
     short["llmModels"]["vllm"]["env"] = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "7"}
     model = parse_config(short, environ={}).models["vllm"]
     assert child_environment(model, {})["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "7"
+
+
+def test_a_server_that_is_to_sleep_gets_its_routes_for_it() -> None:
+    entry = {"command": "vllm", "args": ["serve", "m", "--port", "8001", "--enable-sleep-mode"], "sleep": 1}
+    model = parse_config({"llmModels": {"m": entry}}, environ={}).models["m"]
+    assert child_environment(model, {})["VLLM_SERVER_DEV_MODE"] == "1"
+    awake = parse_config({"llmModels": {"m": {**entry, "sleep": None}}}, environ={}).models["m"]
+    assert "VLLM_SERVER_DEV_MODE" not in child_environment(awake, {})

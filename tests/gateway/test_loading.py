@@ -43,6 +43,18 @@ def loading(launched: Any) -> Iterator[int]:
         yield port
 
 
+def with_an_end(gateway: Gateway) -> Any:
+    """The gateway, beginning to shut down, in its own event loop, when ``/the-end`` is asked for."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("path") == "/the-end":
+            gateway.begin_shutdown()
+            scope = {**scope, "path": "/health", "raw_path": b"/health"}
+        await gateway(scope, receive, send)
+
+    return app
+
+
 def url(port: int, path: str) -> str:
     return f"http://127.0.0.1:{port}{path}"
 
@@ -157,11 +169,11 @@ def test_a_stream_that_outlasts_the_drain_is_cut_visibly(launched: Any) -> None:
         except httpx.TransportError:
             seen.append("aborted")
 
-    with serving(gateway) as port:
+    with serving(with_an_end(gateway)) as port:
         reader = threading.Thread(target=read, args=(port,))
         reader.start()
         assert begun.wait(DEADLINE)
-        gateway.begin_shutdown()
+        httpx.get(url(port, "/the-end"))
         reader.join(DEADLINE)
         late = httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
@@ -174,11 +186,11 @@ def test_a_stream_that_ends_in_the_drain_is_whole(launched: Any) -> None:
     body = {"model": "m", "messages": [], "stream": True, "max_tokens": 30, "stub": {"token-interval": 0.01}}
     gateway = launched()
     with (
-        serving(gateway) as port,
+        serving(with_an_end(gateway)) as port,
         httpx.stream("POST", url(port, "/m/v1/chat/completions"), json=body, timeout=DEADLINE) as answer,
     ):
         chunks = answer.iter_raw()
         received = next(chunks)
-        gateway.begin_shutdown()
+        httpx.get(url(port, "/the-end"))
         received += b"".join(chunks)
     assert received.endswith(b"data: [DONE]\n\n")

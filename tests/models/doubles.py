@@ -10,8 +10,11 @@ import anyio
 
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.config.models import ModelConfig
-from fluidmcp_proxy.models.supervisor import CannotStart, Supervisor
-from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response
+from fluidmcp_proxy.errors import GatewayError, ModelFailed
+from fluidmcp_proxy.models.child import CannotStart
+from fluidmcp_proxy.models.state import ModelState, ModelStatus, Phase
+from fluidmcp_proxy.models.supervisor import Supervisor
+from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response, Transport
 from fluidmcp_proxy.upstream.websocket import WebSocket
 
 ADDRESS = Address("http", "127.0.0.1", 8001)
@@ -116,6 +119,64 @@ class FakeLauncher:
                 if self.sweep is not None:
                     await self.sweep.wait()
             self.alive -= 1
+
+
+class FakeServer:
+    """A supervisor without a loop: does what it is asked when the test says so.
+
+    ``asked`` are the requests to it; ``ModelFailed`` is its refusal after ``fail()``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.phase = Phase.COMING
+        self.transport: Transport | None = None
+        self.asked: list[str] = []
+        self.failed = False
+        self._tell: Callable[[], None] = lambda: None
+
+    @property
+    def status(self) -> ModelStatus:
+        state = {Phase.READY: ModelState.READY, Phase.RESTING: ModelState.STOPPED, Phase.GOING: ModelState.STOPPING}
+        state_now = ModelState.FAILED if self.failed else state.get(self.phase, ModelState.STARTING)
+        return ModelStatus(id=self.config.id, state=state_now, since=0.0, progress="shard 1 of 2")
+
+    def refusal(self) -> GatewayError | None:
+        return ModelFailed("it has failed") if self.failed else None
+
+    def observe(self, changed: Callable[[], None]) -> None:
+        self._tell = changed
+
+    def become(self, phase: Phase) -> None:
+        self.phase = phase
+        self.transport = FakeTransport() if phase is Phase.READY else None
+        self._tell()
+
+    def become_ready(self) -> None:
+        self.become(Phase.READY)
+
+    def fail(self) -> None:
+        self.failed = True
+        self.become(Phase.RESTING)
+
+    def request_start(self) -> None:
+        self.asked.append("start")
+        self.failed = False
+        if self.phase in (Phase.RESTING, Phase.GOING):
+            self.become(Phase.COMING)
+
+    def request_stop(self) -> None:
+        self.asked.append("stop")
+        if self.phase is not Phase.RESTING:
+            self.become(Phase.GOING)
+
+    def request_rest(self) -> None:
+        self.asked.append("rest")
+        self.become(Phase.GOING)
+
+    def request_restart(self) -> None:
+        self.asked.append("restart")
+        self.become(Phase.COMING)
 
 
 class Rig:

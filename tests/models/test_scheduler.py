@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 import anyio
 import pytest
 
-from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import ModelNotFound, ModelStarting, QueueTimeout
 from fluidmcp_proxy.models.scheduler import Scheduler
-from fluidmcp_proxy.models.state import ModelState, ModelStatus
-from fluidmcp_proxy.upstream.client import Transport
-from tests.models.doubles import FakeTransport, model
+from tests.models.doubles import FakeServer, model
 
 pytestmark = pytest.mark.anyio
-
-
-class FakeServer:
-    """Ready when ``open()`` is called."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.transport: Transport | None = None
-        self.state = ModelState.STARTING
-        self._opened = anyio.Event()
-
-    @property
-    def status(self) -> ModelStatus:
-        return ModelStatus(id="m", state=self.state, since=time.time(), progress="shard 1 of 2")
-
-    def open(self) -> None:
-        self.transport = FakeTransport()
-        self._opened.set()
-
-    async def ready(self) -> Transport:
-        await self._opened.wait()
-        assert self.transport is not None
-        return self.transport
 
 
 @pytest.fixture
@@ -58,7 +30,7 @@ async def test_an_unknown_model(scheduler: Scheduler) -> None:
 
 
 async def test_counts(scheduler: Scheduler, server: FakeServer) -> None:
-    server.open()
+    server.become_ready()
     async with scheduler.lease("m") as transport, scheduler.lease("m"):
         assert transport is server.transport
         assert scheduler.in_flight("m") == 2
@@ -77,7 +49,7 @@ async def test_entering_waits_for_the_model(scheduler: Scheduler, server: FakeSe
             tasks.start_soon(ask)
             await anyio.wait_all_tasks_blocked()
             assert (scheduler.waiting("m"), scheduler.in_flight("m")) == (1, 0)
-            server.open()
+            server.become_ready()
             await entered.wait()
     assert (scheduler.waiting("m"), scheduler.in_flight("m")) == (0, 0)
 
@@ -98,11 +70,15 @@ async def test_a_preference_does_not_lengthen_the_limit() -> None:
             pass
 
 
-async def test_a_turn_that_does_not_come(scheduler: Scheduler, server: FakeServer) -> None:
-    server.state = ModelState.READY
-    with pytest.raises(QueueTimeout):
-        async with scheduler.lease("m", wait=0):
-            pass
+async def test_a_turn_that_does_not_come() -> None:
+    server, scheduler = FakeServer(model(max_concurrency=1)), Scheduler()
+    scheduler.admit(server)
+    server.become_ready()
+    async with scheduler.lease("m"):
+        with pytest.raises(QueueTimeout):
+            async with scheduler.lease("m", wait=0):
+                pass
+        assert (scheduler.in_flight("m"), scheduler.waiting("m")) == (1, 0)
 
 
 async def test_a_request_that_leaves_while_it_waits_is_not_counted(scheduler: Scheduler) -> None:
@@ -113,7 +89,7 @@ async def test_a_request_that_leaves_while_it_waits_is_not_counted(scheduler: Sc
 
 
 async def test_drain_waits_for_the_last_request(scheduler: Scheduler, server: FakeServer) -> None:
-    server.open()
+    server.become_ready()
     drained = anyio.Event()
 
     async def drain() -> None:
@@ -132,7 +108,7 @@ async def test_drain_waits_for_the_last_request(scheduler: Scheduler, server: Fa
 
 
 async def test_drain_cuts_what_does_not_end(scheduler: Scheduler, server: FakeServer) -> None:
-    server.open()
+    server.become_ready()
     lease = scheduler.lease("m")
 
     async def hold() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import anyio
 import pytest
 
-from fluidmcp_proxy.errors import ModelFailed, ModelStopped, ShuttingDown, UpstreamUnavailable
-from fluidmcp_proxy.models.supervisor import CannotStart
+from fluidmcp_proxy.errors import ModelFailed, ShuttingDown, UpstreamUnavailable
+from fluidmcp_proxy.models.child import CannotStart
+from fluidmcp_proxy.models.state import Phase
 from tests.models.doubles import FakeChild, FakeLauncher, FakeTransport, Rig, running
 
 pytestmark = pytest.mark.anyio
@@ -15,8 +18,8 @@ pytestmark = pytest.mark.anyio
 async def test_started_it_becomes_ready() -> None:
     async with running(Rig()) as rig:
         rig.supervisor.request_start()
-        with anyio.fail_after(5):
-            assert await rig.supervisor.ready() is rig.transport
+        await rig.until("ready")
+        assert rig.supervisor.transport is rig.transport
         status = rig.supervisor.status
         assert (status.state, status.pid, status.restarts, status.spawns) == ("ready", 1000, 0, 1)
 
@@ -49,22 +52,38 @@ async def test_readiness_is_polled_until_200() -> None:
     assert rig.transport.closed
 
 
-async def test_a_request_waits_for_a_loading_model() -> None:
+async def test_there_is_a_way_to_it_exactly_while_it_is_ready_and_wanted() -> None:
     launcher = FakeLauncher(lambda child: setattr(child, "listens", False))
-    async with running(Rig(launcher)) as rig, anyio.create_task_group() as tasks:
-        rig.supervisor.request_start()
-        got: list[object] = []
-
-        async def ask() -> None:
-            got.append(await rig.supervisor.ready())
-
-        tasks.start_soon(ask)
-        tasks.start_soon(ask)
-        child = await rig.until_launched(1)
-        assert got == []
-        child.listens = True
+    async with running(Rig(launcher)) as rig:
+        supervisor = rig.supervisor
+        assert (supervisor.transport, supervisor.phase) == (None, Phase.RESTING)
+        supervisor.request_start()
+        assert (supervisor.transport, supervisor.phase) == (None, Phase.COMING)
+        (await rig.until_launched(1)).listens = True
         await rig.until("ready")
-    assert got == [rig.transport, rig.transport]
+        assert (supervisor.transport, supervisor.phase) == (rig.transport, Phase.READY)
+        supervisor.request_stop()  # the loop has not seen it yet
+        assert (supervisor.transport, supervisor.phase) == (None, Phase.GOING)
+        await rig.until("stopping", "stopped")
+        supervisor.request_start()
+        assert (supervisor.transport, supervisor.phase) == (None, Phase.COMING)
+
+
+async def test_every_change_is_told() -> None:
+    rig = Rig()
+    seen: list[Phase] = []
+    rig.supervisor.observe(lambda: seen.append(rig.supervisor.phase))
+    async with running(rig):
+        rig.supervisor.request_start()
+        await rig.until("ready")
+        rig.supervisor.request_stop()
+        await rig.until("stopped")
+    assert [phase for phase, _ in itertools.groupby(seen)] == [
+        Phase.COMING,
+        Phase.READY,
+        Phase.GOING,
+        Phase.RESTING,
+    ]
 
 
 async def test_exits_are_followed_by_restarts_until_there_are_too_many() -> None:
@@ -77,8 +96,9 @@ async def test_exits_are_followed_by_restarts_until_there_are_too_many() -> None
         assert status.message is not None
         assert status.message.startswith("Failed to start LLM model 'm': exited with code 1 after 0.")
         assert status.message.endswith(" s\nlast words")
-        with pytest.raises(ModelFailed, match="exited with code 1"):
-            await rig.supervisor.ready()
+        refusal = rig.supervisor.refusal()
+        assert isinstance(refusal, ModelFailed)
+        assert "exited with code 1" in refusal.message
 
 
 async def test_an_exit_with_code_0_that_nobody_asked_for_is_a_failure() -> None:
@@ -170,8 +190,7 @@ async def test_stop_works_in_every_state(state: str) -> None:
         rig.supervisor.request_stop()
         await rig.until("stopped")
         assert rig.launcher.alive == 0
-        with pytest.raises(ModelStopped):
-            await rig.supervisor.ready()
+        assert rig.supervisor.phase is Phase.RESTING
         rig.launcher.prepare = lambda child: None
         rig.supervisor.request_start()
         await rig.until("ready")
@@ -240,25 +259,15 @@ async def test_restart() -> None:
         assert rig.supervisor.status.spawns == 2
 
 
-async def test_waiters_are_refused_when_the_model_is_stopped_or_the_gateway_ends() -> None:
-    launcher = FakeLauncher(lambda child: setattr(child, "listens", False))
-    async with running(Rig(launcher)) as rig, anyio.create_task_group() as tasks:
+async def test_the_end_of_the_gateway_is_a_refusal_and_no_start_revokes_it() -> None:
+    async with running(Rig()) as rig:
         rig.supervisor.request_start()
-        await rig.until_launched(1)
-
-        async def ask(expected: type[Exception]) -> None:
-            with pytest.raises(expected):
-                await rig.supervisor.ready()
-
-        tasks.start_soon(ask, ModelStopped)
-        await anyio.wait_all_tasks_blocked()
-        rig.supervisor.request_stop()
-        await rig.until("stopped")
-        rig.supervisor.request_start()
-        await rig.until_launched(2)
-        tasks.start_soon(ask, ShuttingDown)
-        await anyio.wait_all_tasks_blocked()
+        await rig.until("ready")
+        assert rig.supervisor.refusal() is None
         rig.supervisor.close()
+        assert isinstance(rig.supervisor.refusal(), ShuttingDown)
+        rig.supervisor.request_start()
+        await rig.until("stopped")
 
 
 async def test_cancelling_leaves_no_child() -> None:
@@ -280,8 +289,7 @@ async def test_a_fault_of_ours_fails_the_model_only() -> None:
         rig.supervisor.request_start()
         await rig.until("failed")
         assert "ZeroDivisionError" in str(rig.supervisor.status.message)
-        with pytest.raises(ModelFailed):
-            await rig.supervisor.ready()
+        assert isinstance(rig.supervisor.refusal(), ModelFailed)
 
 
 async def test_progress_is_what_the_server_said_last_while_it_loads() -> None:
