@@ -14,6 +14,7 @@ import anyio
 
 from fluidmcp_proxy.errors import GatewayError, UpstreamUnavailable
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
+from fluidmcp_proxy.gateway.departure import race_departure
 from fluidmcp_proxy.gateway.sse import EventSplitter, is_event_stream
 from fluidmcp_proxy.models.scheduler import Lease
 from fluidmcp_proxy.upstream.client import Response
@@ -67,9 +68,9 @@ class Relay:
             GatewayError: nothing was answered yet, so that it can be said by an answer.
             AnswerTruncated: the answer broke off and has been aborted.
         """
-        async with anyio.create_task_group() as race:
-            self._lease.interrupt = race.cancel_scope.cancel
-            race.start_soon(self._watch_client, race.cancel_scope)
+        race = race_departure(self._body.client_left)
+        self._lease.interrupt = race.interrupt
+        async with race:
             try:
                 await self._forward()
                 self.outcome = "complete"
@@ -78,7 +79,6 @@ class Relay:
                 self.outcome = "upstream_died"
             except (ClientDisconnected, OSError):
                 pass
-            race.cancel_scope.cancel()
         if self._lease.was_cut and self.outcome != "complete":
             self._error = self._lease.shutting_down()
             self.outcome = "cut"
@@ -86,10 +86,6 @@ class Relay:
             self.outcome = "complete"  # OpenAI's client closes right after [DONE], before the last chunk
         if self._error is not None:
             await self._tell(self._error)
-
-    async def _watch_client(self, scope: anyio.CancelScope) -> None:
-        await self._body.client_left()
-        scope.cancel()
 
     async def _forward(self) -> None:
         body = await self._body.start()

@@ -1,0 +1,112 @@
+"""A block that ends early when its client leaves or somebody interrupts it: the race around every request.
+
+On asyncio it is built like ``asyncio.timeout``, because a task group around each request costs more than forwarding it.
+Its watch begins only when the block lasts: most small requests are over by then and pay for a timer alone. Elsewhere,
+which is trio, it is anyio's task group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Protocol
+
+import anyio
+from anyio.abc import TaskGroup
+
+__all__ = ["Race", "race_departure"]
+
+_WATCH_AFTER = 0.1
+"""Seconds until a client is watched. That it has left has to be noticed within a second."""
+
+_Left = Callable[[], Awaitable[None]]
+
+
+class Race(AbstractAsyncContextManager[None], Protocol):
+    """The block, entered with ``async with``; one that ended early is left without an exception."""
+
+    def interrupt(self) -> None:
+        """End the block now; to be called from outside of it, and without effect before and after."""
+
+
+def race_departure(client_left: _Left) -> Race:
+    """A block that ends when ``client_left()`` returns."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return _AnyioRace(client_left) if task is None else _AsyncioRace(client_left, task)
+
+
+class _AsyncioRace:
+    __slots__ = ("_cancelling", "_interrupted", "_left", "_task", "_timer", "_watch")
+
+    def __init__(self, client_left: _Left, task: asyncio.Task[object]) -> None:
+        self._left = client_left
+        self._task: asyncio.Task[object] | None = task
+        self._interrupted = False
+        self._watch: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        assert self._task is not None
+        self._cancelling = self._task.cancelling()
+        self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER, self._begin_to_watch)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        task, self._task = self._task, None
+        self._timer.cancel()
+        ours = False
+        if self._interrupted:
+            assert task is not None
+            # Whoever else cancelled this task meanwhile gets his cancellation, as with asyncio.timeout.
+            ours = task.uncancel() <= self._cancelling and kind is asyncio.CancelledError
+        if self._watch is not None:
+            self._watch.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait((self._watch,))
+            if not self._watch.cancelled():
+                self._watch.result()  # raises what the server's receive() has raised
+        return ours
+
+    def interrupt(self) -> None:
+        if self._task is not None and not self._interrupted:
+            self._interrupted = True
+            self._task.cancel()
+
+    def _begin_to_watch(self) -> None:
+        self._watch = asyncio.create_task(self._until_left())
+
+    async def _until_left(self) -> None:
+        try:
+            await self._left()
+        finally:
+            self.interrupt()
+
+
+class _AnyioRace:
+    __slots__ = ("_left", "_tasks")
+
+    def __init__(self, client_left: _Left) -> None:
+        self._left = client_left
+        self._tasks: TaskGroup = anyio.create_task_group()
+
+    async def __aenter__(self) -> None:
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._until_left)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._tasks.cancel_scope.cancel()
+        return bool(await self._tasks.__aexit__(kind, error, trace))
+
+    def interrupt(self) -> None:
+        self._tasks.cancel_scope.cancel()
+
+    async def _until_left(self) -> None:
+        await self._left()
+        self.interrupt()
