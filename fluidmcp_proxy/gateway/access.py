@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import MutableMapping
+from itertools import chain
 from typing import Any
 
 from fluidmcp_proxy.errors import HeadersTooLarge, InvalidHost
@@ -38,5 +39,5 @@ def check_size(headers: Headers) -> None:
     Raises:
         HeadersTooLarge: more than that.
     """
-    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+    if len(headers) > MAX_HEADERS or sum(map(len, chain.from_iterable(headers))) > MAX_HEADER_BYTES:
         raise HeadersTooLarge(f"At most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes in all are accepted.")

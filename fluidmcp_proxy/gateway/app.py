@@ -37,6 +37,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 access_log = logging.getLogger("fluidmcp_proxy.access")
 logger = logging.getLogger("fluidmcp_proxy.gateway")
 
+_NOTED = frozenset({b"content-length", b"host", b"prefer", b"transfer-encoding", b"x-request-id"})
+"""Headers that the gateway itself reads."""
 _WAIT = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE).search
 
 
@@ -134,7 +136,7 @@ class Gateway:
         try:
             target = read_target(scope)
             check_size(request.headers)
-            check_host(request.headers, scope)
+            check_host(request.noted, scope)
             route = self._router.route(scope["method"], target)
             if isinstance(route, Forward):
                 model = route.model
@@ -147,8 +149,8 @@ class Gateway:
             request.log(model, error.status, 0, error.code)
 
     async def _forward(self, route: Forward, request: _Request) -> None:
-        lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.headers))
-        body = RequestBody(request.receive, request.headers, self.config.settings.max_body_bytes)
+        lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
+        body = RequestBody(request.receive, request.noted, self.config.settings.max_body_bytes)
         relay = Relay(self._outgoing(route, request), body, lease, request.send)
         try:
             await relay.run()
@@ -191,7 +193,7 @@ class Gateway:
 class _Request:
     """What goes with a request through this module."""
 
-    __slots__ = ("_began", "anthropic", "headers", "id", "receive", "scope", "send")
+    __slots__ = ("_began", "anthropic", "headers", "id", "noted", "receive", "scope", "send")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._began = time.perf_counter()
@@ -199,7 +201,8 @@ class _Request:
         self.receive = receive
         self.send = send
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
-        self.id = pick_request_id(self.headers)
+        self.noted = [pair for pair in self.headers if pair[0] in _NOTED]
+        self.id = pick_request_id(self.noted)
         self.anthropic = speaks_anthropic(scope["path"])
 
     def log(self, model: str, status: int, sent: int, outcome: str) -> None:

@@ -7,8 +7,7 @@ like one: ASGI has no abort, so ``abort`` says how that is done.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 
@@ -31,8 +30,7 @@ class AnswerTruncated(Exception):
     """Raised out of the app to abort a response that cannot be completed; not a fault of this program."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """The request as the model's server will see it."""
 
     method: bytes
@@ -108,24 +106,19 @@ class Relay:
         send, lease, self.status = self._send, self._lease, answer.status
         headers = response_headers(answer.headers, request_id=self._outgoing.request_id)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        if is_event_stream(answer.headers):
-            await self._pass_events(answer)
-        else:
-            async for chunk in answer.body:
-                lease.bytes_answered += len(chunk)
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _pass_events(self, answer: Response) -> None:
-        send, lease = self._send, self._lease
-        events = self._events = EventSplitter()
+        events = self._events = EventSplitter() if is_event_stream(answer.headers) else None
         async for chunk in answer.body:
-            if ready := events.feed(chunk):
-                lease.bytes_answered += len(ready)
-                await send({"type": "http.response.body", "body": ready, "more_body": True})
-        if rest := events.rest():
-            lease.bytes_answered += len(rest)
-            await send({"type": "http.response.body", "body": rest, "more_body": True})
+            ended = answer.ended  # saves a message of its own for the end
+            if events is not None:
+                chunk = events.feed(chunk) + (events.rest() if ended else b"")
+            if chunk or ended:
+                lease.bytes_answered += len(chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": not ended})
+            if ended:
+                return
+        rest = b"" if events is None else events.rest()
+        lease.bytes_answered += len(rest)
+        await send({"type": "http.response.body", "body": rest, "more_body": False})
 
     async def _tell(self, error: GatewayError) -> None:
         """Say what went wrong: by an answer where there is none yet, else inside the stream, and abort it."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from types import MappingProxyType
+from typing import NamedTuple
 
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import McpEndpointRemoved, MethodNotAllowed, ModelNotFound, PathNotFound
@@ -71,8 +73,7 @@ class ModelPage:
     model: str
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     """A request for a model's server. ``target`` is the request target there, query included."""
 
     model: str
@@ -93,6 +94,7 @@ class Router:
     def __init__(self, models: Mapping[str, ModelConfig]) -> None:
         self._models = MappingProxyType(dict(models))
         self._roots = {name: _root(model) for name, model in models.items()}
+        self._find = lru_cache(maxsize=256)(self._find_uncached)  # clients ask for the same few things
 
     def knows(self, target: Target) -> bool:
         """Whether the first segment is a model's id, whatever follows."""
@@ -107,13 +109,19 @@ class Router:
             MethodNotAllowed: with ``Allow``.
             McpEndpointRemoved: the JSON-RPC route of the deprecated wrapper.
         """
-        first, _, rest = target.path[1:].partition("/")
+        route = self._find(method, target.raw, target.path)
+        if target.query and isinstance(route, Forward):
+            return Forward(route.model, b"%b?%b" % (route.target, target.query))
+        return route
+
+    def _find_uncached(self, method: str, raw: bytes, path: str) -> Route:
+        first, _, rest = path[1:].partition("/")
         if first in self._models:
-            return self._model_route(first, rest, method, target)
+            return self._model_route(first, rest, method, raw)
         if first == "models" and rest in self._models:
             return _only_get(method, ModelPage(rest))
         for page in Page:
-            if target.path == page.value:
+            if path == page.value:
                 return _only_get(method, page)
         if rest == "v1" or rest.startswith("v1/"):
             raise ModelNotFound(f"There is no LLM model '{first[:64]}'. {self._there_are()}")
@@ -121,16 +129,15 @@ class Router:
             raise ModelNotFound(f"There is no LLM model '{rest[:64]}'. {self._there_are()}")
         raise PathNotFound(f"There is nothing at this path. {self._there_are()} Their API is at /MODEL/v1/…")
 
-    def _model_route(self, name: str, rest: str, method: str, target: Target) -> Forward:
+    def _model_route(self, name: str, rest: str, method: str, raw: bytes) -> Forward:
         if method in _REFUSED_METHODS:
             raise MethodNotAllowed(f"{method} is not forwarded.", allow=_ANY_METHOD)
         if rest == "mcp":
             raise McpEndpointRemoved(
                 f"The JSON-RPC endpoint is gone. Send OpenAI requests instead: POST /{name}/v1/chat/completions."
             )
-        below = target.raw.split(b"/", 2)[2] if rest else b""
-        upstream = b"/" + below + (b"?" + target.query if target.query else b"")
-        forward = Forward(name, self._roots[name] + upstream)
+        below = raw.split(b"/", 2)[2] if rest else b""
+        forward = Forward(name, b"%b/%b" % (self._roots[name], below))
         if _is_open("/" + rest, self._models[name].extra_paths):
             return forward
         if rest in _ROOT_ROUTES:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from fluidmcp_proxy.errors import InvalidPath, InvalidTarget, UriTooLong
@@ -25,8 +25,7 @@ _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
 _AMBIGUOUS = re.compile(rb"%(?:2f|5c|00)|\\|//", re.IGNORECASE).search
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A checked request target.
 
     ``raw`` is the path below the mount point as the client wrote it, ``path`` the same decoded, ``query`` the bytes
@@ -50,18 +49,27 @@ def read_target(scope: MutableMapping[str, Any]) -> Target:
     query: bytes = scope.get("query_string", b"")
     if len(raw) + len(query) > MAX_TARGET_BYTES:
         raise UriTooLong(f"The request target is longer than {MAX_TARGET_BYTES} bytes.")
+    if not _PRINTABLE(query) or b"#" in query:
+        raise InvalidTarget("The query has characters that are not allowed there.")
+    below, path = _checked(raw, scope.get("root_path", ""))
+    return Target(below, path, query)
+
+
+@lru_cache(maxsize=256)  # clients ask for the same few paths over and over
+def _checked(raw: bytes, root_path: str) -> tuple[bytes, str]:
+    """The path below the mount point, as written and decoded."""
     if not raw.startswith(b"/"):
         raise InvalidTarget("The request target must be a path, such as /MODEL/v1/chat/completions.")
-    if not _PRINTABLE(raw) or not _PRINTABLE(query) or _BAD_ESCAPE(raw) or b"#" in raw or b"#" in query:
+    if not _PRINTABLE(raw) or _BAD_ESCAPE(raw) or b"#" in raw:
         raise InvalidTarget("The request target has characters that are not allowed there or a broken % escape.")
     if _AMBIGUOUS(raw):
         raise InvalidPath("The path has an encoded slash, a backslash, a NUL or an empty segment.")
-    raw = _below_mount(raw, scope.get("root_path", ""))
+    raw = _below_mount(raw, root_path)
     decoded = unquote_to_bytes(raw)
     segments = decoded.split(b"/")
     if b"." in segments or b".." in segments:
         raise InvalidPath("The path has dot segments.")
-    return Target(raw, decoded.decode("utf-8", "replace"), query)
+    return raw, decoded.decode("utf-8", "replace")
 
 
 def _raw_path(scope: MutableMapping[str, Any]) -> bytes:

@@ -94,6 +94,10 @@ class Response(Protocol):
         """Names in lower case; order and repetition as received."""
 
     @property
+    def ended(self) -> bool:
+        """Whether the answer is complete and ``body`` has given all of it; may be false where that is not known yet."""
+
+    @property
     def body(self) -> AsyncIterator[bytes]:
         """Raw, not decoded, never an empty chunk. Raises as ``exchange`` does when the answer breaks off."""
 

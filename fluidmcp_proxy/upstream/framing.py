@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Framing", "encode_head", "frame"]
 
+_TARGET = re.compile(rb"[!-~]+").fullmatch  # RFC 9112 §3.2
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch  # token, RFC 9110 §5.6.2
 # Methods whose requests state a length even when there is no content (RFC 9110 §8.6).
 _STATES_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
@@ -46,7 +47,7 @@ class Framing:
 
 def frame(method: bytes, target: bytes, headers: Headers, body: Body) -> Framing:
     """Decide how ``body`` is framed; raises InvalidTarget where the request contradicts itself."""
-    if not target.isascii() or len(target.split(None, 1)) != 1 or not _METHOD(method):
+    if not (_METHOD(method) and _TARGET(target)):
         raise InvalidTarget("The request line has characters that it cannot carry.")
     length = _stated_length(headers)
     if body is None or isinstance(body, bytes):
@@ -79,10 +80,8 @@ def _stated_length(headers: Headers) -> int | None:
 
 def encode_head(method: bytes, target: bytes, headers: Headers) -> bytes:
     """Return the request line and the headers as they go over the wire; raises InvalidTarget on an injected line."""
-    lines = [b"%b %b HTTP/1.1\r\n" % (method, target)]
-    lines += [b"%b: %b\r\n" % pair for pair in headers]
-    lines.append(b"\r\n")
-    head = b"".join(lines)
+    lines = [b"%b %b HTTP/1.1" % (method, target), *map(b": ".join, headers), b"\r\n"]
+    head = b"\r\n".join(lines)
     if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
         raise InvalidTarget("A header of the request has a line break or a NUL.")
     return head

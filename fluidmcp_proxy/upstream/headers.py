@@ -6,7 +6,7 @@ has them. How long a body is, is not decided here but in ``framing``.
 
 from __future__ import annotations
 
-import os
+import random
 import re
 from collections.abc import Collection, Iterable
 from functools import lru_cache
@@ -42,7 +42,7 @@ def pick_request_id(headers: Pairs) -> bytes:
     found = [value for name, value in headers if name == b"x-request-id"]
     if len(found) == 1 and _REQUEST_ID(found[0]):
         return found[0]
-    return os.urandom(16).hex().encode()
+    return b"%032x" % random.getrandbits(128)  # noqa: S311 - unique, not secret
 
 
 def request_headers(
@@ -101,11 +101,8 @@ def response_headers(headers: Pairs, *, request_id: bytes) -> list[tuple[bytes, 
 
 def _nominated(pairs: Pairs) -> set[bytes]:
     """The names that ``Connection`` lists: meant for this hop only."""
-    names: set[bytes] = set()
-    for name, value in pairs:
-        if name == b"connection":
-            names.update(token.strip(b" \t").lower() for token in value.split(b","))
-    return names
+    values = [value for name, value in pairs if name == b"connection"]
+    return {token.strip(b" \t").lower() for value in values for token in value.split(b",")}
 
 
 @lru_cache(maxsize=1024)

@@ -166,9 +166,10 @@ def _is_nonsense(response: httpx.Response) -> bool:
 class _Answer:
     """A ``Response``."""
 
-    __slots__ = ("body", "headers", "reason", "status")
+    __slots__ = ("body", "ended", "headers", "reason", "status")
 
     def __init__(self, response: httpx.Response, body: _Body) -> None:
+        self.ended = False
         self.status = response.status_code
         self.reason: bytes = response.extensions.get("reason_phrase", b"")
         self.headers = [(name.lower(), value) for name, value in response.headers.raw]

@@ -219,6 +219,12 @@ class _Exchange:
         """Raw chunks as they come."""
         return self
 
+    @property
+    def ended(self) -> bool:
+        """Whether all of the answer has arrived and was taken."""
+        connection = self._connection
+        return connection is None or (connection.answer.complete and not connection.answer.parts)
+
     async def __aenter__(self) -> _Exchange:
         connection = self._transport.take_idle() or await self._transport.connect()
         self._connection = connection
