@@ -3,24 +3,84 @@
 from __future__ import annotations
 
 import logging
+import time
 
+import anyio
+
+from fluidmcp_proxy.gateway.app import access_log
 from fluidmcp_proxy.gateway.relay import AnswerTruncated
 
-__all__ = ["configure_logging"]
+__all__ = ["Terminal", "configure_logging"]
 
 TRACE = 5
 """uvicorn's level below DEBUG."""
 
+_FLUSH_EVERY = 0.2
+_MOST_HELD = 1000
 
-def configure_logging(level: str) -> None:
+
+class Terminal(logging.StreamHandler):  # type: ignore[type-arg]
+    """Standard error. Lines of requests are held back for a moment and written together.
+
+    A line alone costs a system call or two, which is as much as checking a request does. Any other line writes at once
+    what was held back, so the order stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: list[str] = []
+        self.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        self.addFilter(_is_no_abort)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging."""
+        try:
+            self._held.append(self.format(record))
+            if record.name != access_log.name or len(self._held) >= _MOST_HELD:
+                self.flush()
+        except Exception:  # logging's own way: a line that cannot be written must not end the program
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        held, self._held = self._held, []
+        if held:
+            self.stream.write("\n".join([*held, ""]))
+        super().flush()
+
+    async def flush_forever(self) -> None:
+        """Write what is held back again and again."""
+        while True:
+            await anyio.sleep(_FLUSH_EVERY)
+            if self._held:
+                self.flush()
+
+
+class _Formatter(logging.Formatter):
+    """The usual one, with the date of a second made once."""
+
+    _second = -1
+    _date = ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        second = int(record.created)
+        if second != self._second:
+            self._second = second
+            self._date = time.strftime(self.default_time_format, time.localtime(second))
+        return f"{self._date},{int(record.msecs):03}"
+
+
+def configure_logging(level: str) -> Terminal:
     """Send the log of the gateway and of uvicorn to standard error, from ``level`` on."""
     logging.addLevelName(TRACE, "TRACE")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    handler.addFilter(_is_no_abort)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # Nothing shows these, and they cost as much as the rest of a record.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    vars(logging)["logAsyncioTasks"] = False  # which Python 3.11 does not have
+    terminal = Terminal()
+    logging.basicConfig(level=logging.WARNING, handlers=[terminal], force=True)
     for name in ("fluidmcp_proxy", "uvicorn"):
         logging.getLogger(name).setLevel(TRACE if level == "trace" else level.upper())
+    return terminal
 
 
 def _is_no_abort(record: logging.LogRecord) -> bool:

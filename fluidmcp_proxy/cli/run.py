@@ -13,8 +13,9 @@ import click
 import uvicorn
 
 from fluidmcp_proxy.cli.faults import BadConfiguration
-from fluidmcp_proxy.cli.logs import configure_logging
+from fluidmcp_proxy.cli.logs import Terminal, configure_logging
 from fluidmcp_proxy.cli.progress import report_progress
+from fluidmcp_proxy.cli.protocol import GatewayProtocol
 from fluidmcp_proxy.config.endpoint import LOOPBACK, canonical_host
 from fluidmcp_proxy.config.load import load_config
 from fluidmcp_proxy.config.models import GatewayConfig
@@ -56,24 +57,25 @@ def run(
         loaded = load_config(config, host=host, port=port, log_level=log_level)
     except ConfigError as error:
         raise BadConfiguration(error) from None
-    configure_logging(loaded.settings.log_level)
+    terminal = configure_logging(loaded.settings.log_level)
     if canonical_host(loaded.settings.host) != LOOPBACK or loaded.settings.host in _WILDCARDS:
         click.echo(f"warning: {loaded.settings.host} is open to the network, and there are no keys: {_OPEN}", err=True)
-    sys.exit(serve(loaded))
+    sys.exit(serve(loaded, terminal))
 
 
-def serve(config: GatewayConfig) -> int:
+def serve(config: GatewayConfig, terminal: Terminal) -> int:
     """Run the gateway until a signal ends it, and return the exit code.
 
     A signal that ended it is raised again at the end, so that a shell shows 143 or 130.
     """
     listening = bind(config.settings)
     with listening:
-        server = _Server(Gateway(config), config.settings, listening)
+        server = _Server(Gateway(config), config.settings, listening, terminal)
         try:
             server.run(sockets=[listening])
         except KeyboardInterrupt:  # before uvicorn has taken the signals, or after
             server.ended_by = signal.SIGINT
+    terminal.flush()  # a signal leaves no time for it
     if server.ended_by is not None:
         signal.signal(server.ended_by, signal.SIG_DFL)
         signal.raise_signal(server.ended_by)
@@ -103,13 +105,15 @@ def bind(settings: Settings) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn, telling the gateway when it begins to end, and reporting what the models do."""
 
-    def __init__(self, gateway: Gateway, settings: Settings, listening: socket.socket) -> None:
+    def __init__(self, gateway: Gateway, settings: Settings, listening: socket.socket, terminal: Terminal) -> None:
         self._gateway = gateway
+        self._terminal = terminal
         self._listening = listening
         self.ended_by: int | None = None
         super().__init__(
             uvicorn.Config(
                 gateway,
+                http=GatewayProtocol,
                 lifespan="on",
                 log_config=None,
                 access_log=False,
@@ -131,6 +135,7 @@ class _Server(uvicorn.Server):
         with ungrouped():  # a start-up that fails comes as SystemExit
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(report_progress, self._gateway, self._listening.getsockname()[:2])
+                tasks.start_soon(self._terminal.flush_forever)
                 await super().serve(sockets)
                 tasks.cancel_scope.cancel()
 

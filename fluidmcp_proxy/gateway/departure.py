@@ -16,6 +16,9 @@ from typing import Protocol
 import anyio
 from anyio.abc import TaskGroup
 
+from fluidmcp_proxy.errors import ungrouped
+from fluidmcp_proxy.upstream.transport import is_asyncio
+
 __all__ = ["Race", "race_departure"]
 
 _WATCH_AFTER = 0.1
@@ -25,7 +28,10 @@ _Left = Callable[[], Awaitable[None]]
 
 
 class Race(AbstractAsyncContextManager[None], Protocol):
-    """The block, entered with ``async with``; one that ended early is left without an exception."""
+    """The block, entered with ``async with``; one that ended early is left without an exception.
+
+    Leaving raises what ``client_left`` raised.
+    """
 
     def interrupt(self) -> None:
         """End the block now; to be called from outside of it, and without effect before and after."""
@@ -33,26 +39,24 @@ class Race(AbstractAsyncContextManager[None], Protocol):
 
 def race_departure(client_left: _Left) -> Race:
     """A block that ends when ``client_left()`` returns."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
-    return _AnyioRace(client_left) if task is None else _AsyncioRace(client_left, task)
+    return _AsyncioRace(client_left) if is_asyncio() else _AnyioRace(client_left)
 
 
 class _AsyncioRace:
     __slots__ = ("_cancelling", "_interrupted", "_left", "_task", "_timer", "_watch")
 
-    def __init__(self, client_left: _Left, task: asyncio.Task[object]) -> None:
+    def __init__(self, client_left: _Left) -> None:
         self._left = client_left
-        self._task: asyncio.Task[object] | None = task
+        self._task: asyncio.Task[object] | None = None
         self._interrupted = False
         self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
-        assert self._task is not None
-        self._cancelling = self._task.cancelling()
-        self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER, self._begin_to_watch)
+        loop = asyncio.get_running_loop()
+        task = self._task = asyncio.current_task(loop)
+        assert task is not None
+        self._cancelling = task.cancelling()
+        self._timer = loop.call_later(_WATCH_AFTER, self._begin_to_watch)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -102,7 +106,8 @@ class _AnyioRace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self._tasks.cancel_scope.cancel()
-        return bool(await self._tasks.__aexit__(kind, error, trace))
+        with ungrouped():
+            return bool(await self._tasks.__aexit__(kind, error, trace))
 
     def interrupt(self) -> None:
         self._tasks.cancel_scope.cancel()

@@ -42,7 +42,7 @@ def pick_request_id(headers: Pairs) -> bytes:
     found = [value for name, value in headers if name == b"x-request-id"]
     if len(found) == 1 and _REQUEST_ID(found[0]):
         return found[0]
-    return b"%032x" % random.getrandbits(128)  # noqa: S311 - unique, not secret
+    return b"%032x" % random.getrandbits(128)
 
 
 def request_headers(

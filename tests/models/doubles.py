@@ -31,6 +31,7 @@ class FakeResponse:
         self.status = status
         self.content = content
         self.reason = b""
+        self.ended = False
         self.headers: list[tuple[bytes, bytes]] = []
 
     @property
