@@ -36,6 +36,8 @@ Routes beside the OpenAI ones (any method):
   /v1/replay                  the request's body as the answer's, chunked; ?piece=BYTES, ?interval=S, ?type=MEDIA/TYPE
   /v1/raw                     the request's body written to the socket as it is, then the connection closes
   /stub/stats                 counters as JSON: requests, running, aborted, connections
+With --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1 as vLLM has them: /sleep, /wake_up, /is_sleeping, /collective_rpc,
+/reset_prefix_cache. Asleep it is healthy and generates nothing; after level 2 it says "!" until it reloads its weights.
 
 Per request, as a header `x-stub-NAME: VALUE` or in the JSON body as {"stub": {"NAME": VALUE}}: token-interval,
 answer-delay, hang, hang-after, cut-after, cut-how (fin, rst or exit), garbage, status, error-after (tokens).
@@ -60,6 +62,11 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     serve.add_argument("--uds", help="listen on this Unix socket instead; the file stays behind, as vLLM's does")
     serve.add_argument("--served-model-name", nargs="+", default=[])
     serve.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"), help="guards /v1, as in vLLM")
+    serve.add_argument("--enable-sleep-mode", action="store_true")
+    add("--sleep-time", type=float, default=0.0, metavar="S", help="seconds that /sleep and /wake_up take")
+    add(
+        "--sleep-fails", choices=["sleep", "wake_up", "lie", "hang"], help="what goes wrong; lie: says 200, stays awake"
+    )
     add("--load-time", type=float, default=0.0, metavar="S", help="seconds until ready; the port opens then")
     add("--listen-early", action="store_true", help="open the port at once, /health says 503 until loaded")
     add("--never-ready", action="store_true", help="never open the port (with --listen-early: /health stays 503)")
@@ -374,6 +381,10 @@ class Server:
         self.options = options
         self.loaded = False
         self.stopping = asyncio.Event()
+        self.awake = asyncio.Event()
+        self.awake.set()
+        self.asleep: set[str] = set()
+        self.weights_lost = False
         self.running = self.requests = self.aborted = self.connections = self.tokens = self.iterations = 0
 
     async def route(self, request: Request, out: Connection) -> None:
@@ -389,6 +400,8 @@ class Server:
             await out.respond_json({"error": "Unauthorized"}, 401)
         elif path == "/metrics":
             await out.respond(200, self.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
+        elif path in SLEEP_ROUTES and options.enable_sleep_mode and os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
+            await self.sleep_route(request, out)
         elif path == "/version":
             await out.respond_json({"version": "0.33.0"})
         elif path == "/stub/stats":
@@ -403,6 +416,26 @@ class Server:
             await self.model_route(request, out)
         else:
             await self.test_route(request, out)
+
+    async def sleep_route(self, request: Request, out: Connection) -> None:
+        """As vLLM's, which says only whether all of its memory is there."""
+        path, fails = request.path, self.options.sleep_fails
+        if path == "/is_sleeping":
+            return await out.respond_json({"is_sleeping": bool(self.asleep)})
+        await asyncio.sleep(self.options.sleep_time)
+        if fails == path[1:]:
+            return await out.respond_json({"detail": "Internal Server Error"}, 500)
+        if fails == "hang":
+            await asyncio.Event().wait()
+        if path == "/sleep" and fails != "lie":
+            self.asleep = {"weights", "kv_cache"}
+            self.weights_lost = request.query.get("level") == "2"
+        elif path == "/wake_up":
+            self.asleep -= {request.query["tags"]} if "tags" in request.query else self.asleep
+        elif path == "/collective_rpc" and json.loads(request.body) == {"method": "reload_weights"}:
+            self.weights_lost = self.weights_lost and "weights" in self.asleep
+        self.awake.clear() if self.asleep else self.awake.set()
+        return await out.respond_json({})
 
     async def model_route(self, request: Request, out: Connection) -> None:
         if request.method != "POST":
@@ -440,7 +473,10 @@ class Server:
         options = self.options
         if status := request.number("status", None):
             return await out.respond_json(error("as asked", "StubError", int(status)), int(status))
+        await self.awake.wait()
         form = FORMS[request.path](document, options.names[0])
+        if self.weights_lost:
+            form.vocabulary = ["!"]
         await self.pause(request.number("answer-delay", options.answer_delay) or 0.0)
         if request.flag("hang", options.hang):
             await asyncio.Event().wait()
@@ -729,6 +765,7 @@ class Messages(Form):
         yield sse({"type": "message_stop"}, "message_stop")
 
 
+SLEEP_ROUTES = ("/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache")
 FORMS: dict[str, type[Form]] = {
     "/v1/chat/completions": Form,
     "/v1/completions": Completion,

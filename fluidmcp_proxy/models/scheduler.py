@@ -157,7 +157,10 @@ class Scheduler:
                 desk.pace.ended(now, busy=bool(desk.queue))
             if not desk.inside:
                 desk.idle_since = now
-            self._attend(desk.slot)
+            if desk.gated:
+                self._attend(desk.slot)
+            else:
+                self._set_alarm(desk.slot, now)
         self._tell_emptied(desk)
 
     def give_up(self, lease: Lease, desk: Desk) -> None:
@@ -238,8 +241,12 @@ class Scheduler:
                 pass
         finally:
             self._attending.discard(slot)
-        if self._alarm is not None:
-            self._alarm.deadline = min(self._alarm.deadline, *deadlines(slot, self._clock()), inf)
+        self._set_alarm(slot, self._clock())
+
+    def _set_alarm(self, slot: Slot, now: float) -> None:
+        """Never later than it is: it may be meant for another slot."""
+        if self._alarm is not None and (due := min(deadlines(slot, now), default=inf)) < self._alarm.deadline:
+            self._alarm.deadline = due
 
     def _attend_once(self, slot: Slot) -> bool:
         now = self._clock()
@@ -258,9 +265,10 @@ class Scheduler:
 
     def _look(self, desk: Desk, now: float) -> None:
         phase = desk.server.phase
-        if phase is Phase.READY and desk.phase is not Phase.READY:
-            desk.asked, desk.kept = False, True
-            desk.idle_since = now
+        if phase is Phase.READY:
+            desk.asked = False
+            if desk.phase is not Phase.READY:
+                desk.kept, desk.idle_since = True, now
         if phase is not Phase.RESTING:
             desk.forgiven = False
         desk.phase = phase

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from typing import Protocol
 
 import anyio
 
 from fluidmcp_proxy.errors import UpstreamError
 from fluidmcp_proxy.upstream.client import Address, Transport
 
-__all__ = ["SleepMode"]
+__all__ = ["SleepMode", "Sleeper"]
 
 logger = logging.getLogger("fluidmcp_proxy.models")
 
@@ -33,6 +34,16 @@ _WAKE_UP = {
         ("/reset_prefix_cache", b""),
     ),
 }
+
+
+class Sleeper(Protocol):
+    """Puts a ready server to sleep instead of ending it."""
+
+    async def fall_asleep(self, transport: Transport) -> bool:
+        """Whether it sleeps now, verified."""
+
+    async def wake_up(self, transport: Transport) -> bool:
+        """Whether it is awake now, verified."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from fluidmcp_proxy.models.address import displayed
 from fluidmcp_proxy.models.child import CannotStart, Child, Failure, Launcher
 from fluidmcp_proxy.models.readiness import until_ready
 from fluidmcp_proxy.models.restart import Restarts
-from fluidmcp_proxy.models.sleep import SleepMode
+from fluidmcp_proxy.models.sleep import Sleeper
 from fluidmcp_proxy.models.state import ModelState, ModelStatus, Phase
 from fluidmcp_proxy.upstream.client import Address, Transport
 
@@ -55,7 +55,7 @@ class Supervisor:
         connect: Callable[[Address], Transport],
         drain: Callable[[], Awaitable[None]],
         until_stalled: Callable[[Transport], Awaitable[None]] | None = None,
-        sleep: SleepMode | None = None,
+        sleep: Sleeper | None = None,
     ) -> None:
         self.config = config
         self._launcher = launcher

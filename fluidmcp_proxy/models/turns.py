@@ -76,11 +76,10 @@ def turn_is_over(slot: Slot, now: float) -> bool:
 
 
 def may_enter(desk: Desk, now: float) -> bool:
-    """Whether the next request may go to the model's server."""
+    """Whether the next request may go to the model's server. One that is ready has its slot."""
     return (
         desk.phase is Phase.READY
         and (desk.limit is None or len(desk.inside) < desk.limit)
-        and desk.slot.holder is desk
         and not turn_is_over(desk.slot, now)
     )
 

@@ -421,11 +421,14 @@ class Turns(stateful.RuleBasedStateMachine):
 
     @stateful.rule(pick=picks)
     def depart(self, pick: int) -> None:
-        """A request ends, or a waiting client leaves."""
+        """A request ends, or a client leaves that waits, or that was let in just now and does not know it yet."""
         if there := self._there():
             name, lease = there[pick % len(there)]
             self.leases[name].remove(lease)
-            self.house.finish(lease) if lease.transport is not None else self.house.leave(lease)
+            if lease.transport is None or pick % 3 == 0:
+                self.house.leave(lease)
+            else:
+                self.house.finish(lease)
 
     @stateful.rule(name=names)
     def go_on(self, name: str) -> None:
@@ -496,6 +499,14 @@ class Turns(stateful.RuleBasedStateMachine):
                 assert active is not server, "it could enter"
                 desk = self.house.scheduler._desks[active.config.id]
                 assert desk.promised_until > self.house.now, "it could be put away"
+
+    @stateful.invariant()
+    def nothing_loads_for_nobody(self) -> None:
+        for name, server in self.house.servers.items():
+            desk = self.house.scheduler._desks[name]
+            if server.phase is Phase.COMING and not desk.queue and not desk.asked:
+                promised = desk.promised_until > self.house.now
+                assert promised or (desk.kept and not desk.slot.line), desk
 
     def teardown(self) -> None:
         """Whatever the state, all that wait get their turn once servers work and clients end."""
