@@ -61,6 +61,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--uds", help="listen on this Unix socket instead; the file stays behind, as vLLM's does")
     serve.add_argument("--served-model-name", nargs="+", default=[])
+    serve.add_argument("--lora-modules", nargs="+", default=[], metavar="NAME=PATH")
     serve.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"), help="guards /v1, as in vLLM")
     serve.add_argument("--enable-sleep-mode", action="store_true")
     add("--sleep-time", type=float, default=0.0, metavar="S", help="seconds that /sleep and /wake_up take")
@@ -98,6 +99,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     options, _ignored = parser.parse_known_args(argv)
     options.model = model or options.model
     options.names = options.served_model_name or [options.model]
+    options.names += [module.partition("=")[0] for module in options.lora_modules]
     return options
 
 
@@ -408,10 +410,7 @@ class Server:
             names = ("requests", "running", "aborted", "connections")
             await out.respond_json({name: getattr(self, name) for name in names})
         elif path == "/v1/models":
-            cards = [
-                {"id": name, "object": "model", "created": 1700000000, "owned_by": "vllm"} for name in options.names
-            ]
-            await out.respond_json({"object": "list", "data": cards})
+            await out.respond_json({"object": "list", "data": [card(options, name) for name in options.names]})
         elif path in FORMS or path in ("/tokenize", "/detokenize"):
             await self.model_route(request, out)
         else:
@@ -572,6 +571,15 @@ class Server:
                 await asyncio.sleep(interval)
         if out.chunked:
             await out.end()
+
+
+def card(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    paths = dict(module.split("=", 1) for module in options.lora_modules)
+    place = (
+        {"root": paths[name], "parent": options.names[0]} if name in paths else {"root": options.model, "parent": None}
+    )
+    described = {"id": name, "object": "model", "created": 1700000000, "owned_by": "vllm", **place}
+    return described if name in paths else {**described, "max_model_len": 2048}
 
 
 def error(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_python_blocks_run(text: str, folder: Path, monkeypatch: pytest.MonkeyPa
     if "import OpenAI" in text:
         pytest.importorskip("openai")
         base = json.loads((folder / "models.json").read_text())["llmModels"]["vllm"]["endpoints"]["base_url"]
-        code = compile(text.replace("http://localhost:8099/vllm/v1", base), "block", "exec", dont_inherit=True)
+        code = compile(re.sub("http://localhost:8099(/vllm)?/v1", base, text), "block", "exec", dont_inherit=True)
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"__name__": "block"}
     exec(code, names)

@@ -12,7 +12,7 @@ from fluidmcp_proxy.errors import ConfigError
 from .arguments import read_arguments
 from .endpoint import LOOPBACK, Endpoint, canonical_host
 from .faults import json_path, shown
-from .models import ModelConfig, Start
+from .models import RESERVED_IDS, ModelConfig, Start
 from .settings import Settings
 
 
@@ -34,6 +34,18 @@ def check_groups(models: Mapping[str, ModelConfig]) -> None:
             problem = f"{shown(other.id)} of the same group is eager, too, and only one of them can be awake"
             where = json_path("llmModels", model.id, "start")
             raise ConfigError("invalid_value", problem, path=where, remedy='write "on_demand" here')
+
+
+def check_aliases(models: Mapping[str, ModelConfig]) -> None:
+    """Raise ``ConfigError`` ``invalid_value``: an alias that is reserved, or a model's id or alias already."""
+    taken = {name: f"is the id of model {shown(name)}" for name in models}
+    taken |= dict.fromkeys(RESERVED_IDS, "is a path of the gateway")
+    for model in models.values():
+        for index, alias in enumerate(model.aliases):
+            if alias in taken:
+                where = json_path("llmModels", model.id, "aliases", index)
+                raise ConfigError("invalid_value", f"{shown(alias)} {taken[alias]}", path=where, remedy="rename it")
+            taken[alias] = f"is an alias of model {shown(model.id)} already"
 
 
 def _refuse_gateway(model: ModelConfig, settings: Settings) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from fluidmcp_proxy.errors import ConfigError
 
 from .advice import warnings_for
-from .checks import check_groups, check_upstreams
+from .checks import check_aliases, check_groups, check_upstreams
 from .document import read_document
 from .entry import parse_entry
 from .faults import json_path, kind, shown, unknown_key
@@ -73,6 +73,7 @@ def _parse(
     settings = read_settings(sections["gateway"], environ=environ, overrides=overrides, folder=folder)
     settings = settings if source is None else settings.model_copy(update={"config": source})
     models = {model_id: _model(model_id, entry, environ) for model_id, entry in sections["llmModels"].items()}
+    check_aliases(models)
     check_upstreams(models, settings)
     check_groups(models)
     warnings = [warning for model in models.values() for warning in warnings_for(model, environ)]

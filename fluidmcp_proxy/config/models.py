@@ -33,6 +33,8 @@ from .settings import Settings
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RESERVED_IDS = ("v1", "health", "ready", "metrics", "models", "static", "docs")
 _SERVER_PATH = r"^/[!-~]*$"
+# What can be written in a path, too, for GET /v1/models/NAME: organisations, tags and revisions included.
+_ALIAS = re.compile(r"(?=.{1,256}\Z)[A-Za-z0-9][A-Za-z0-9._:@+-]*(?:/[A-Za-z0-9][A-Za-z0-9._:@+-]*)*")
 _EXTRA_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()+,;=:@-]*)+\*?")
 
 
@@ -107,6 +109,12 @@ def _group(name: str) -> str:
     return name
 
 
+def _alias(name: str) -> str:
+    if not _ALIAS.fullmatch(name):
+        raise refusal("cannot be a model's name", "use 1 to 256 of A-Z a-z 0-9 . _ : @ + - in parts divided by /")
+    return name
+
+
 _Argument = Annotated[str, AfterValidator(_passable)]
 _Seconds = Annotated[float, Field(ge=0)]
 _PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -130,6 +138,9 @@ class ModelOptions(_Frozen):
     )
     args: Annotated[tuple[_Argument, ...], Field(strict=False)] = Field(
         (), description="The program's arguments, one string each. Nothing in them is expanded."
+    )
+    aliases: Annotated[tuple[Annotated[str, AfterValidator(_alias)], ...], Field(strict=False)] = Field(
+        (), description="More names for the model on the unified /v1."
     )
     idle_timeout: _PositiveSeconds | None = Field(
         None,

@@ -14,11 +14,12 @@ from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning
 from fluidmcp_proxy.gateway import pages
 from fluidmcp_proxy.gateway.access import check_host, check_size
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
-from fluidmcp_proxy.gateway.body import RequestBody
+from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
-from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Router, speaks_anthropic
-from fluidmcp_proxy.gateway.target import read_target
+from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Router, Unified, speaks_anthropic
+from fluidmcp_proxy.gateway.target import Target, read_target
+from fluidmcp_proxy.gateway.unified import choose_model
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.fleet import Fleet, open_fleet
 from fluidmcp_proxy.models.state import ModelStatus
@@ -132,32 +133,44 @@ class Gateway:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive, send)
-        model = "-"
         try:
             target = read_target(scope)
             check_size(request.headers)
             check_host(request.noted, scope)
             route = self._router.route(scope["method"], target)
             if isinstance(route, Forward):
-                model = route.model
-                await self._forward(route, request)
+                await self._forward(route, request, self._body(request))
+            elif isinstance(route, Unified):
+                await self._forward_by_name(target, request)
             else:
-                status, body = self._page(route)
+                status, body = await self._page(route)
                 await respond(send, status, body, request.id, with_body=scope["method"] != "HEAD")
+        except ClientDisconnected:
+            request.log(0, 0, "client_left")
         except GatewayError as error:
             await respond_with_error(scope, send, error, request_id=request.id, anthropic=request.anthropic)
-            request.log(model, error.status, 0, error.code)
+            request.log(error.status, 0, error.code)
 
-    async def _forward(self, route: Forward, request: _Request) -> None:
+    async def _forward_by_name(self, target: Target, request: _Request) -> None:
+        catalog, body = self._running().catalog, self._body(request)
+        model, request.headers = await choose_model(catalog, body, request.headers, target.query)
+        route = self._router.named(model, request.scope["method"], target)
+        assert isinstance(route, Forward)
+        await self._forward(route, request, body)
+
+    async def _forward(self, route: Forward, request: _Request, body: RequestBody) -> None:
+        request.model = route.model
         lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
-        body = RequestBody(request.receive, request.noted, self.config.settings.max_body_bytes)
         relay = Relay(self._outgoing(route, request), body, lease, request.send)
         try:
             await relay.run()
         except AnswerTruncated:
-            request.log(route.model, relay.status, lease.bytes_answered, relay.outcome)
+            request.log(relay.status, lease.bytes_answered, relay.outcome)
             raise
-        request.log(route.model, relay.status, lease.bytes_answered, relay.outcome)
+        request.log(relay.status, lease.bytes_answered, relay.outcome)
+
+    def _body(self, request: _Request) -> RequestBody:
+        return RequestBody(request.receive, request.noted, self.config.settings.max_body_bytes)
 
     def _outgoing(self, route: Forward, request: _Request) -> Outgoing:
         scope, client = request.scope, request.scope.get("client")
@@ -172,12 +185,16 @@ class Gateway:
         )
         return Outgoing(scope["method"].encode("ascii"), route.target, headers, request.id, request.anthropic)
 
-    def _page(self, route: Page | ModelPage) -> pages.Answer:
+    async def _page(self, route: Page | ModelPage | ListedModel) -> pages.Answer:
         if route is Page.HEALTH:
             return pages.health()
         fleet = self._running()
         if route is Page.READY:
             return pages.ready(fleet.scheduler, closing=fleet.closing)
+        if route is Page.LIST or isinstance(route, ListedModel):
+            await fleet.catalog.refresh()
+            catalog = fleet.catalog
+            return pages.listed(catalog, route.name) if isinstance(route, ListedModel) else pages.listing(catalog)
         if isinstance(route, ModelPage):
             return pages.model(fleet.scheduler, route.model)
         return pages.models(fleet.scheduler)
@@ -193,7 +210,7 @@ class Gateway:
 class _Request:
     """What goes with a request through this module."""
 
-    __slots__ = ("_began", "anthropic", "headers", "id", "noted", "receive", "scope", "send")
+    __slots__ = ("_began", "anthropic", "headers", "id", "model", "noted", "receive", "scope", "send")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._began = time.perf_counter()
@@ -204,13 +221,14 @@ class _Request:
         self.noted = [pair for pair in self.headers if pair[0] in _NOTED]
         self.id = pick_request_id(self.noted)
         self.anthropic = speaks_anthropic(scope["path"])
+        self.model = "-"
 
-    def log(self, model: str, status: int, sent: int, outcome: str) -> None:
+    def log(self, status: int, sent: int, outcome: str) -> None:
         """One line a request: neither query nor header, since both may hold keys."""
         if access_log.isEnabledFor(logging.INFO):
             seconds = time.perf_counter() - self._began
             line = "%s %s model=%s status=%s bytes=%d seconds=%.3f outcome=%s"
-            values = (self.id.decode(), self.scope["method"], model, status or "-", sent, seconds, outcome)
+            values = (self.id.decode(), self.scope["method"], self.model, status or "-", sent, seconds, outcome)
             # Not access_log.info(), which would walk the stack for the place of this line.
             access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, line, values, None))
 

@@ -31,7 +31,7 @@ class RequestBody:
     ``declared`` is its content-length, ``chunked`` whether it has an unknown length.
     """
 
-    __slots__ = ("_complete", "_first", "_limit", "_more", "_read", "_receive", "chunked", "declared")
+    __slots__ = ("_complete", "_first", "_limit", "_more", "_read", "_receive", "_replaced", "chunked", "declared")
 
     def __init__(self, receive: Receive, headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
         self._receive = receive
@@ -40,6 +40,7 @@ class RequestBody:
         self._more = True
         self._first = b""
         self._complete: anyio.Event | None = None
+        self._replaced: bytes | AsyncIterator[bytes] | None = None
         self.declared, self.chunked = _framing(headers)
         if self.declared is not None and self.declared > limit:
             raise self._too_large()
@@ -51,6 +52,8 @@ class RequestBody:
             ClientDisconnected: it left.
             RequestTooLarge: over the limit.
         """
+        if self._replaced is not None:
+            return self._replaced
         if self.declared is None and not self.chunked:
             # Only now is it known that there is none: HTTP/2 needs no framing header for a body.
             self._first = await self._next()
@@ -60,6 +63,10 @@ class RequestBody:
             pieces.append(await self._next())
         self._first = b"".join(pieces)
         return self if self._more else self._first
+
+    def replace(self, content: bytes | AsyncIterator[bytes]) -> None:
+        """Have the next ``start`` give ``content``, which was made of what this one gave."""
+        self._replaced = content
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self

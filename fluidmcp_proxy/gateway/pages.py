@@ -6,10 +6,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from fluidmcp_proxy.models.catalog import Catalog
 from fluidmcp_proxy.models.scheduler import Scheduler
 from fluidmcp_proxy.models.state import ModelStatus
 
-__all__ = ["health", "model", "models", "ready"]
+__all__ = ["health", "listed", "listing", "model", "models", "ready"]
 
 Answer = tuple[int, bytes]
 """Status and JSON body."""
@@ -36,6 +37,16 @@ def models(scheduler: Scheduler) -> Answer:
 def model(scheduler: Scheduler, name: str) -> Answer:
     """The state of one model."""
     return _json(200, _described(scheduler, scheduler.statuses()[name]))
+
+
+def listing(catalog: Catalog) -> Answer:
+    """OpenAI's list of models: every name, whether its model is running or not."""
+    return _json(200, {"object": "list", "data": list(catalog.cards())})
+
+
+def listed(catalog: Catalog, name: str) -> Answer:
+    """One element of it. Raises ``ModelNotFound``, ``AmbiguousModel``."""
+    return _json(200, catalog.card(name))
 
 
 def _described(scheduler: Scheduler, status: ModelStatus) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import McpEndpointRemoved, MethodNotAllowed, ModelNotFound, PathNotFound
 from fluidmcp_proxy.gateway.target import Target
 
-__all__ = ["Forward", "ModelPage", "Page", "Route", "Router", "speaks_anthropic"]
+__all__ = ["Forward", "ListedModel", "ModelPage", "Page", "Route", "Router", "Unified", "speaks_anthropic"]
 
 _ROOT_ROUTES = frozenset({"tokenize", "detokenize", "rerank", "score", "classify", "pooling"})
 """Routes that vLLM has beside ``/v1``; they take POST."""
@@ -64,6 +64,7 @@ class Page(Enum):
     HEALTH = "/health"
     READY = "/ready"
     MODELS = "/models"
+    LIST = "/v1/models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,18 @@ class ModelPage:
     model: str
 
 
+@dataclass(frozen=True, slots=True)
+class ListedModel:
+    """One element of the list at ``/v1/models``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unified:
+    """A request below ``/v1/`` for the model that it names itself: ``Router.named`` makes a ``Forward`` of it."""
+
+
 class Forward(NamedTuple):
     """A request for a model's server. ``target`` is the request target there, query included."""
 
@@ -80,7 +93,8 @@ class Forward(NamedTuple):
     target: bytes
 
 
-Route = Page | ModelPage | Forward
+Route = Page | ModelPage | ListedModel | Unified | Forward
+_Shown = TypeVar("_Shown", bound=Page | ModelPage | ListedModel)
 
 
 def speaks_anthropic(path: str) -> bool:
@@ -114,6 +128,14 @@ class Router:
             return Forward(route.model, b"%b?%b" % (route.target, target.query))
         return route
 
+    def named(self, model: str, method: str, target: Target) -> Route:
+        """What ``method`` on a ``target`` below ``/v1/`` asks for, now that its model is known: what it would with the
+        model's id before it. Raises as ``route`` does.
+        """
+        return self.route(
+            method, Target(b"/%b%b" % (model.encode(), target.raw), f"/{model}{target.path}", target.query)
+        )
+
     def _find_uncached(self, method: str, raw: bytes, path: str) -> Route:
         first, _, rest = path[1:].partition("/")
         if first in self._models:
@@ -123,15 +145,25 @@ class Router:
         for page in Page:
             if path == page.value:
                 return _only_get(method, page)
+        if first == "v1" and rest:
+            return self._unified_route(rest, method)
         if rest == "v1" or rest.startswith("v1/"):
             raise ModelNotFound(f"There is no LLM model '{first[:64]}'. {self._there_are()}")
         if first == "models" and rest:
             raise ModelNotFound(f"There is no LLM model '{rest[:64]}'. {self._there_are()}")
-        raise PathNotFound(f"There is nothing at this path. {self._there_are()} Their API is at /MODEL/v1/…")
+        raise PathNotFound(f"There is nothing at this path. {self._there_are()} Their API is at /v1/… and /MODEL/v1/….")
+
+    def _unified_route(self, rest: str, method: str) -> ListedModel | Unified:
+        if rest.startswith("models/"):
+            return _only_get(method, ListedModel(rest[7:]))
+        _refuse_method(method)
+        extra_paths = [path for model in self._models.values() for path in model.extra_paths]
+        if rest.split("/", 1)[0] in _CLOSED and not _is_open("/v1/" + rest, extra_paths):
+            raise _closed()
+        return Unified()
 
     def _model_route(self, name: str, rest: str, method: str, raw: bytes) -> Forward:
-        if method in _REFUSED_METHODS:
-            raise MethodNotAllowed(f"{method} is not forwarded.", allow=_ANY_METHOD)
+        _refuse_method(method)
         if rest == "mcp":
             raise McpEndpointRemoved(
                 f"The JSON-RPC endpoint is gone. Send OpenAI requests instead: POST /{name}/v1/chat/completions."
@@ -147,7 +179,7 @@ class Router:
         if not rest.startswith("v1/") or rest == "v1/":
             raise PathNotFound(f"There is nothing at this path. The API of LLM model '{name}' is at /{name}/v1/…")
         if rest.split("/", 2)[1] in _CLOSED:
-            raise PathNotFound("This route of the model's server is closed; extra_paths in its configuration opens it.")
+            raise _closed()
         return forward
 
     def _there_are(self) -> str:
@@ -158,7 +190,16 @@ def _root(model: ModelConfig) -> bytes:
     return model.endpoint.root.encode("ascii") if model.endpoint else b""
 
 
-def _only_get(method: str, route: Page | ModelPage) -> Page | ModelPage:
+def _refuse_method(method: str) -> None:
+    if method in _REFUSED_METHODS:
+        raise MethodNotAllowed(f"{method} is not forwarded.", allow=_ANY_METHOD)
+
+
+def _closed() -> PathNotFound:
+    return PathNotFound("This route of the model's server is closed; extra_paths in its configuration opens it.")
+
+
+def _only_get(method: str, route: _Shown) -> _Shown:
     if method not in ("GET", "HEAD"):
         raise MethodNotAllowed(f"This path takes GET, not {method}.", allow="GET, HEAD")
     return route

@@ -16,6 +16,7 @@ import anyio
 from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig, Start
 from fluidmcp_proxy.errors import ungrouped
 from fluidmcp_proxy.models.address import address_of
+from fluidmcp_proxy.models.catalog import Catalog
 from fluidmcp_proxy.models.launcher import ProcessLauncher
 from fluidmcp_proxy.models.liveness import until_stalled
 from fluidmcp_proxy.models.remote import RemoteServer
@@ -30,17 +31,19 @@ __all__ = ["Fleet", "open_fleet"]
 
 
 class Fleet:
-    """The running models: ``servers`` by id, and the ``scheduler`` that gives leases on them."""
+    """The running models: ``servers`` by id, the ``scheduler`` that gives leases on them, the ``catalog`` of names."""
 
     def __init__(self, servers: Mapping[str, Supervisor | RemoteServer], scheduler: Scheduler) -> None:
         self.servers = MappingProxyType(dict(servers))
         self.scheduler = scheduler
+        self.catalog = Catalog(self.servers)
         self.closing = False
 
     def close(self) -> None:
         """Have every model drained and stopped; requests that wait for one are refused from now on."""
         self.closing = True
         self.scheduler.close()
+        self.catalog.close()
         for server in self.servers.values():
             server.close()
 
@@ -66,6 +69,7 @@ async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
                     tasks.start_soon(server.run)
                     if server.config.start is Start.EAGER:
                         scheduler.start(name)
+                tasks.start_soon(fleet.catalog.watch)
                 try:
                     yield fleet
                 finally:

@@ -34,6 +34,7 @@ _MODEL_KEYS = st.sampled_from(
         "endpoints",
         "base_url",
         "api_key",
+        "aliases",
         "extra_paths",
         "readiness_path",
         "startup_timeout",

@@ -95,6 +95,32 @@ def test_the_gateways_port_on_another_machine_is_fine() -> None:
     assert parse_config(models(m=remote("http://10.0.0.1:8099")), environ={}).models
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "path", "said"),
+    [
+        (["b"], [], "llmModels.a.aliases[0]", "'b' is the id of model 'b'"),
+        (["x", "a"], [], "llmModels.a.aliases[1]", "'a' is the id of model 'a'"),
+        (["x"], ["y", "x"], "llmModels.b.aliases[1]", "'x' is an alias of model 'a' already"),
+        (["x", "x"], [], "llmModels.a.aliases[1]", "'x' is an alias of model 'a' already"),
+        ([], ["models"], "llmModels.b.aliases[0]", "'models' is a path of the gateway"),
+    ],
+)
+def test_an_alias_names_one_model(refuse: Refuse, first: list[str], second: list[str], path: str, said: str) -> None:
+    error = refuse(models(a=launched(aliases=first), b=launched(8002, aliases=second)))
+    assert (error.code, error.path, error.problem) == ("invalid_value", path, said)
+
+
+@pytest.mark.parametrize("alias", ["", " a", "a b", "/a", "a/", "a//b", "a/../b", "ä", "a?b", "a" * 257, 1, None])
+def test_what_cannot_be_an_alias(refuse: Refuse, alias: Any) -> None:
+    error = refuse(models(a=launched(aliases=["fine", alias])))
+    assert (error.code, error.path) == ("invalid_value", "llmModels.a.aliases[1]")
+
+
+def test_aliases() -> None:
+    names = ["gpt-4o", "meta-llama/Llama-3.1-8B:main", "llama3:8b", "a" * 256]
+    assert parse_config(models(a=launched(aliases=names)), environ={}).models["a"].aliases == tuple(names)
+
+
 def warnings(document: dict[str, Any], environ: dict[str, str] | None = None) -> tuple[str, ...]:
     found = parse_config(document, environ=environ or {}).warnings
     assert all(warning.isprintable() for warning in found)

@@ -58,6 +58,7 @@ def test_defaults_are_the_contracts() -> None:
         "connect_timeout": 5.0,
         "first_byte_timeout": None,
         "stream_idle_timeout": None,
+        "aliases": (),
         "extra_paths": (),
         "api_key": None,
     }
@@ -244,7 +245,7 @@ def test_good_values() -> None:
         ({"llmModels": {"m": VLLM}, "gateway": {"prot": 1}}, "gateway.prot", "'port'"),
         *(
             (one({**VLLM, later: 1}), f"llmModels.m.{later}", "")
-            for later in ("aliases", "replicas", "gpus", "affinity")
+            for later in ("replicas", "gpus", "affinity")
         ),
     ],
 )  # fmt: skip

@@ -85,7 +85,8 @@ def test_the_documented_files(documented: dict[str, Any], short: dict[str, Any],
         ({"llmModels": {"m": {**VLLM, "restart_policy": "never"}}}, False),
         ({"llmModels": {"m": {**VLLM, "readiness_path": "health"}}}, False),
         ({"llmModels": {"m": {**VLLM, "api_key": ""}}}, False),
-        ({"llmModels": {"m": {**VLLM, "aliases": []}}}, False),
+        ({"llmModels": {"m": {**VLLM, "aliases": ["a/b:c", "d"]}}}, True),
+        ({"llmModels": {"m": {**VLLM, "aliases": "a"}}}, False),
     ],
 )
 def test_schema_and_loader_agree(document: Any, valid: bool) -> None:

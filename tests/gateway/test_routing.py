@@ -8,8 +8,17 @@ import pytest
 
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.errors import GatewayError
-from fluidmcp_proxy.gateway.routing import Forward, ModelPage, Page, Route, Router, speaks_anthropic
-from fluidmcp_proxy.gateway.target import read_target
+from fluidmcp_proxy.gateway.routing import (
+    Forward,
+    ListedModel,
+    ModelPage,
+    Page,
+    Route,
+    Router,
+    Unified,
+    speaks_anthropic,
+)
+from fluidmcp_proxy.gateway.target import Target, read_target
 
 CONFIG: dict[str, Any] = {
     "llmModels": {
@@ -25,10 +34,13 @@ CONFIG: dict[str, Any] = {
 ROUTER = Router(parse_config(CONFIG, environ={}).models)
 
 
-def route(method: str, target: str) -> Route:
+def target_of(target: str) -> Target:
     raw, _, query = target.encode().partition(b"?")
-    scope = {"type": "http", "path": target, "raw_path": raw, "query_string": query}
-    return ROUTER.route(method, read_target(scope))
+    return read_target({"type": "http", "path": target, "raw_path": raw, "query_string": query})
+
+
+def route(method: str, target: str) -> Route:
+    return ROUTER.route(method, target_of(target))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +62,8 @@ def route(method: str, target: str) -> Route:
         ("HEAD", "/ready", Page.READY),
         ("GET", "/models", Page.MODELS),
         ("GET", "/models/vllm", ModelPage("vllm")),
+        ("GET", "/v1/models", Page.LIST),
+        ("HEAD", "/v1/models/org/name:tag", ListedModel("org/name:tag")),
     ],
 )
 def test_routes(method: str, target: str, expected: Route) -> None:
@@ -83,6 +97,13 @@ def test_routes(method: str, target: str, expected: Route) -> None:
         ("DELETE", "/models/vllm", 405, "method_not_allowed"),
         ("GET", "/healthz", 404, "path_not_found"),
         ("GET", "/open/admin", 404, "path_not_found"),
+        ("GET", "/v1", 404, "path_not_found"),
+        ("GET", "/v1/", 404, "path_not_found"),
+        ("POST", "/v1/sleep", 404, "path_not_found"),
+        ("GET", "/v1/metrics", 404, "path_not_found"),
+        ("TRACE", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("POST", "/v1/models", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models/m", 405, "method_not_allowed"),
     ],
 )
 def test_refusals(method: str, target: str, status: int, code: str) -> None:
@@ -91,12 +112,27 @@ def test_refusals(method: str, target: str, status: int, code: str) -> None:
     assert (caught.value.status, caught.value.code) == (status, code)
 
 
+def named(model: str, method: str, target: str) -> Route:
+    assert route(method, target) == Unified()
+    return ROUTER.named(model, method, target_of(target))
+
+
+def test_what_names_its_model_goes_where_the_prefix_leads() -> None:
+    for target in ("/v1/chat/completions", "/v1/responses/r%201?a=b&model=x", "/v1/messages/count_tokens"):
+        for model in ("vllm", "far"):
+            assert named(model, "POST", target) == route("POST", f"/{model}{target}")
+    assert named("open", "POST", "/v1/load_lora_adapter") == route("POST", "/open/v1/load_lora_adapter")
+    with pytest.raises(GatewayError, match="is closed"):
+        named("vllm", "POST", "/v1/load_lora_adapter")
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
         ("/vllm/v1/messages", True),
         ("/llm/vllm/v1/messages/count_tokens", True),
         ("/nobody/v1/messages", True),
+        ("/v1/messages", True),
         ("/vllm/v1/messagesx", False),
         ("/vllm/v1/chat/completions", False),
     ],
