@@ -14,15 +14,18 @@ from types import MappingProxyType
 import anyio
 
 from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig, Start
+from fluidmcp_proxy.config.settings import child_environment
 from fluidmcp_proxy.errors import ungrouped
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.catalog import Catalog
+from fluidmcp_proxy.models.desk import shares_a_slot
 from fluidmcp_proxy.models.launcher import ProcessLauncher
 from fluidmcp_proxy.models.liveness import until_stalled
 from fluidmcp_proxy.models.remote import RemoteServer
 from fluidmcp_proxy.models.scheduler import Scheduler
 from fluidmcp_proxy.models.sleep import SleepMode
 from fluidmcp_proxy.models.supervisor import Supervisor
+from fluidmcp_proxy.process.gpu import GpuMemory, find_reader
 from fluidmcp_proxy.process.output import Output
 from fluidmcp_proxy.process.owner import Ownership, own
 from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport, open_transport
@@ -100,6 +103,9 @@ def _server(
         progress=partial(scheduler.progress, model.id),
         stall_timeout=model.stall_timeout,
     )
+    memory = None
+    if shares_a_slot(model) and (reader := find_reader()) is not None:
+        memory = GpuMemory(reader, child_environment(model).get("CUDA_VISIBLE_DEVICES"))
     launcher = ProcessLauncher(model, output, owner, config.settings.runtime_dir)
     return Supervisor(
         model,
@@ -108,6 +114,7 @@ def _server(
         drain=drain,
         until_stalled=stalled if model.liveness else None,
         sleep=None if model.sleep is None else SleepMode(address_of(model), model.sleep),
+        memory=memory,
     )
 
 

@@ -26,6 +26,7 @@ from fluidmcp_proxy.models.readiness import until_ready
 from fluidmcp_proxy.models.restart import Restarts
 from fluidmcp_proxy.models.sleep import Sleeper
 from fluidmcp_proxy.models.state import ModelState, ModelStatus, Phase
+from fluidmcp_proxy.process.gpu import GpuMemory
 from fluidmcp_proxy.upstream.client import Address, Transport
 
 __all__ = ["Supervisor"]
@@ -56,6 +57,7 @@ class Supervisor:
         drain: Callable[[], Awaitable[None]],
         until_stalled: Callable[[Transport], Awaitable[None]] | None = None,
         sleep: Sleeper | None = None,
+        memory: GpuMemory | None = None,
     ) -> None:
         self.config = config
         self._launcher = launcher
@@ -63,6 +65,7 @@ class Supervisor:
         self._drain = drain
         self._until_stalled = until_stalled
         self._sleep = sleep
+        self._memory = memory
         self._status = ModelStatus(id=config.id, state=ModelState.STOPPED, since=time.time())
         self._restarts = Restarts(config.restart_policy, config.max_restarts, config.restart_delay)
         self._wish = _Wish.OFF
@@ -198,6 +201,8 @@ class Supervisor:
     async def _serve_once(self) -> Failure | None:
         """One launch, until its tree is gone. None: it ended because it was not wanted any more."""
         failure: Failure | None = None
+        if self._memory is not None:
+            await self._memory.note()
         try:
             async with self._launcher.open() as child:
                 self._status = replace(
@@ -212,6 +217,8 @@ class Supervisor:
             failure = Failure(exc.reason, str(exc), final=exc.final)
             self._record(failure)
         self._status = replace(self._status, pid=None)
+        if self._memory is not None:
+            await self._memory.until_back()
         return failure
 
     async def _watch(self, child: Child) -> Failure | None:
@@ -287,9 +294,13 @@ class Supervisor:
         self._become(ModelState.STOPPING)
         await self._drain()
         if await self._sleep.fall_asleep(transport):
+            if self._memory is not None:
+                await self._memory.until_back(asleep=True)
             self._become(ModelState.ASLEEP)
             await self._until(lambda: self._wish is _Wish.AWAKE)
             self._become(ModelState.WAKING)
+            if self._memory is not None:
+                await self._memory.note()
             if await self._sleep.wake_up(transport):
                 return
         logger.warning("model %s: sleep mode failed, so its server is ended instead", self.config.id)

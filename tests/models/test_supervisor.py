@@ -10,6 +10,7 @@ import pytest
 from fluidmcp_proxy.errors import ModelFailed, ShuttingDown, UpstreamUnavailable
 from fluidmcp_proxy.models.child import CannotStart
 from fluidmcp_proxy.models.state import Phase
+from fluidmcp_proxy.process.gpu import GpuMemory
 from tests.models.doubles import FakeChild, FakeLauncher, FakeTransport, Rig, running
 
 pytestmark = pytest.mark.anyio
@@ -217,6 +218,30 @@ async def test_stopped_means_that_the_tree_is_gone() -> None:
             await anyio.lowlevel.checkpoint()
         assert rig.supervisor.status.state == "stopping"
         rig.launcher.sweep.set()
+        await rig.until("stopped")
+
+
+async def test_stopped_means_that_its_gpu_memory_is_back() -> None:
+    def read() -> dict[str, int]:
+        reads.append(used)
+        return {"GPU-1": used}
+
+    used, reads = 0, list[int]()
+    rig = Rig()
+    rig.supervisor._memory = GpuMemory(read)
+    async with running(rig):
+        rig.supervisor.request_start()
+        await rig.until("ready")
+        assert len(reads) == 1
+        used = 70 * 1024**3
+        rig.supervisor.request_stop()
+        await rig.until("stopping")
+        with anyio.fail_after(5):
+            while len(reads) < 3:
+                await anyio.sleep(0.01)
+        assert rig.launcher.alive == 0
+        assert rig.supervisor.status.state == "stopping"
+        used = 0
         await rig.until("stopped")
 
 
