@@ -126,9 +126,13 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """What forwarding costs, beside nginx and vllm-router: the table of docs/performance.md."""
+    """What forwarding costs, beside its peers, and what the gateway withstands: the figures of docs/performance.md."""
     session.install("-e", ".", "uvloop")
-    session.run("python", "benchmarks/forwarding.py", *session.posargs)
+    both, own = ("--quick", "--no-install"), ("--real",)
+    forwarding = [argument for argument in session.posargs if argument not in own]
+    endurance = [argument for argument in session.posargs if argument in both + own]
+    session.run("python", "benchmarks/forwarding.py", *forwarding)
+    session.run("python", "benchmarks/endurance.py", *endurance)
 
 
 @nox.session
