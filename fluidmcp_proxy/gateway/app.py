@@ -227,10 +227,10 @@ class _Request:
         """One line a request: neither query nor header, since both may hold keys."""
         if access_log.isEnabledFor(logging.INFO):
             seconds = time.perf_counter() - self._began
-            line = "%s %s model=%s status=%s bytes=%d seconds=%.3f outcome=%s"
-            values = (self.id.decode(), self.scope["method"], self.model, status or "-", sent, seconds, outcome)
+            line = f"{self.id.decode()} {self.scope['method']} model={self.model} status={status or '-'}"
+            line += f" bytes={sent} seconds={seconds:.3f} outcome={outcome}"
             # Not access_log.info(), which would walk the stack for the place of this line.
-            access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, line, values, None))
+            access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, line, (), None))
 
 
 class _LeasedTransport:

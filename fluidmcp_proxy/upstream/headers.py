@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from functools import lru_cache
 
 __all__ = ["pick_request_id", "request_headers", "response_headers"]
@@ -32,6 +32,10 @@ _HOP_BY_HOP = frozenset(
 )
 # Only the gateway says these. `Expect` ends here: whoever reads the client's body has answered it (RFC 9110 §10.1.1).
 _GATEWAY_OWNED = frozenset({b"host", b"forwarded", b"x-real-ip", b"x-request-id", b"expect"})
+
+_NOT_ANSWERED = _HOP_BY_HOP | {b"x-request-id"}
+_AUTHORIZATION = (b"authorization",)
+_NOTHING: frozenset[bytes] = frozenset()
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}").fullmatch
 _PSEUDONYM = b"fluidmcp"
@@ -63,9 +67,7 @@ def request_headers(
     such as ``b"Bearer …"``, replaces the client's. ``http_version`` is the client's, for ``Via`` (RFC 9110 §7.6.3).
     """
     pairs = headers if isinstance(headers, list) else list(headers)
-    gone = {*drop, *_nominated(pairs)}
-    if authorization is not None:
-        gone.add(b"authorization")
+    gone = frozenset().union(_nominated(pairs), drop, _AUTHORIZATION if authorization is not None else ())
     kept = [(b"host", host)]
     asked_host: bytes | None = None
     for pair in pairs:
@@ -77,11 +79,11 @@ def request_headers(
     if authorization is not None:
         kept.append((b"authorization", authorization))
     if client is not None:
-        kept.append((b"x-forwarded-for", client.encode("ascii", "replace")))
-    kept.append((b"x-forwarded-proto", scheme.encode("ascii", "replace")))
+        kept.append((b"x-forwarded-for", _encoded(client)))
+    kept.append((b"x-forwarded-proto", _encoded(scheme)))
     if asked_host is not None:
         kept.append((b"x-forwarded-host", asked_host))
-    kept.append((b"via", http_version.encode("ascii", "replace") + b" " + _PSEUDONYM))
+    kept.append((b"via", b"%b %b" % (_encoded(http_version), _PSEUDONYM)))
     kept.append((b"x-request-id", request_id))
     return kept
 
@@ -93,15 +95,22 @@ def response_headers(headers: Pairs, *, request_id: bytes) -> list[tuple[bytes, 
     answer shall be the server's own. What the server says about a request id gives way to ours.
     """
     pairs = headers if isinstance(headers, list) else list(headers)
-    gone = {b"x-request-id", *_nominated(pairs)}
-    kept = [pair for pair in pairs if pair[0] not in gone and pair[0] not in _HOP_BY_HOP]
+    gone = _nominated(pairs) | _NOT_ANSWERED
+    kept = [pair for pair in pairs if pair[0] not in gone]
     kept.append((b"x-request-id", request_id))
     return kept
 
 
-def _nominated(pairs: Pairs) -> set[bytes]:
+@lru_cache(maxsize=1024)
+def _encoded(text: str) -> bytes:
+    return text.encode("ascii", "replace")
+
+
+def _nominated(pairs: Pairs) -> Set[bytes]:
     """The names that ``Connection`` lists: meant for this hop only."""
     values = [value for name, value in pairs if name == b"connection"]
+    if not values:
+        return _NOTHING
     return {token.strip(b" \t").lower() for value in values for token in value.split(b",")}
 
 
