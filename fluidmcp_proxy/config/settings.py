@@ -71,6 +71,9 @@ class GatewaySection(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
         64 * 1024 * 1024, description="The largest request body in bytes."
     )
+    body_timeout: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="Seconds that a client may be silent inside its request body."
+    )
     drain_timeout: Annotated[float, Field(ge=0)] = Field(
         30.0, description="Seconds that running requests get to finish when the gateway ends."
     )

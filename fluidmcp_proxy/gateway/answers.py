@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from fluidmcp_proxy.errors import GatewayError
+from fluidmcp_proxy.errors import GatewayError, RequestTimeout
 from fluidmcp_proxy.upstream.headers import pick_request_id
 
 __all__ = ["respond", "respond_with_error"]
@@ -20,7 +20,10 @@ async def respond_with_error(
     """Answer with ``error`` in the form of the API that was asked."""
     body = error.body(anthropic=anthropic)
     identity = request_id or pick_request_id(scope["headers"])
-    await respond(send, error.status, body, identity, error.headers, with_body=scope["method"] != "HEAD")
+    headers = error.headers
+    if isinstance(error, RequestTimeout) and scope.get("http_version", "1.1").startswith("1"):
+        headers.append((b"connection", b"close"))  # RFC 9110 §15.5.9; HTTP/2 has no such header
+    await respond(send, error.status, body, identity, headers, with_body=scope["method"] != "HEAD")
 
 
 async def respond(

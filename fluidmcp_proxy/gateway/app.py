@@ -170,7 +170,8 @@ class Gateway:
         request.log(relay.status, lease.bytes_answered, relay.outcome)
 
     def _body(self, request: _Request) -> RequestBody:
-        return RequestBody(request.receive, request.noted, self.config.settings.max_body_bytes)
+        settings = self.config.settings
+        return RequestBody(request.receive, request.noted, settings.max_body_bytes, settings.body_timeout)
 
     def _outgoing(self, route: Forward, request: _Request) -> Outgoing:
         scope, client = request.scope, request.scope.get("client")
@@ -217,7 +218,8 @@ class _Request:
         self.scope = scope
         self.receive = receive
         self.send = send
-        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+        # A list of its own: uvicorn with httptools adds the trailers of a chunked body to the scope's while it is read.
+        self.headers: list[tuple[bytes, bytes]] = [*scope["headers"]]
         self.noted = [pair for pair in self.headers if pair[0] in _NOTED]
         self.id = pick_request_id(self.noted)
         self.anthropic = speaks_anthropic(scope["path"])

@@ -10,7 +10,8 @@ from typing import Any
 
 import anyio
 
-from fluidmcp_proxy.errors import InvalidTarget, RequestTooLarge
+from fluidmcp_proxy.errors import InvalidTarget, RequestTimeout, RequestTooLarge
+from fluidmcp_proxy.gateway.patience import at_most
 
 __all__ = ["COLLECTED_BYTES", "ClientDisconnected", "RequestBody"]
 
@@ -28,14 +29,27 @@ class ClientDisconnected(Exception):
 class RequestBody:
     """The body of one request, readable once.
 
-    ``declared`` is its content-length, ``chunked`` whether it has an unknown length.
+    ``declared`` is its content-length, ``chunked`` whether it has an unknown length. It may have ``limit`` bytes, and
+    the client may fall silent for ``patience`` seconds.
     """
 
-    __slots__ = ("_complete", "_first", "_limit", "_more", "_read", "_receive", "_replaced", "chunked", "declared")
+    __slots__ = (
+        "_complete",
+        "_first",
+        "_limit",
+        "_more",
+        "_patience",
+        "_read",
+        "_receive",
+        "_replaced",
+        "chunked",
+        "declared",
+    )
 
-    def __init__(self, receive: Receive, headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
+    def __init__(self, receive: Receive, headers: Iterable[tuple[bytes, bytes]], limit: int, patience: float) -> None:
         self._receive = receive
         self._limit = limit
+        self._patience = patience
         self._read = 0
         self._more = True
         self._first = b""
@@ -50,6 +64,7 @@ class RequestBody:
 
         Raises:
             ClientDisconnected: it left.
+            RequestTimeout: it fell silent.
             RequestTooLarge: over the limit.
         """
         if self._replaced is not None:
@@ -92,7 +107,10 @@ class RequestBody:
                 return
 
     async def _next(self) -> bytes:
-        message = await self._receive()
+        try:
+            message = await at_most(self._patience, self._receive())
+        except TimeoutError:
+            raise RequestTimeout(f"The request body stopped coming for {self._patience:g} s (body_timeout).") from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
         piece: bytes = message.get("body", b"")

@@ -70,8 +70,8 @@ VALID: dict[str, Any] = {
         },
         "remote": {"endpoints": {"base_url": "https://example/api/v1"}},
     },
-    "gateway": {"host": "127.0.0.1", "port": 8099, "max_body_bytes": 1, "drain_timeout": 1, "log_level": "info",
-                "log_dir": "l", "runtime_dir": "/r"},
+    "gateway": {"host": "127.0.0.1", "port": 8099, "max_body_bytes": 1, "body_timeout": 1, "drain_timeout": 1,
+                "log_level": "info", "log_dir": "l", "runtime_dir": "/r"},
     "mcpServers": {"old": {"command": "python", "args": ["vllm_server.py"], "env": {"VLLM_MODEL_NAME": "m"}}},
 }  # fmt: skip
 ENVIRON = {"HF_TOKEN": "hunter2-hunter2", "HOME": "/h"}

@@ -23,6 +23,7 @@ def test_defaults() -> None:
         "host": "127.0.0.1",
         "port": 8099,
         "max_body_bytes": 64 * 1024 * 1024,
+        "body_timeout": 60.0,
         "drain_timeout": 30.0,
         "log_level": "info",
     }
@@ -55,13 +56,13 @@ def test_every_variable_is_read() -> None:
     settings = read_settings(
         environ={
             "FLUIDMCP_CONFIG": "/c.json", "FLUIDMCP_HOST": "::1", "FLUIDMCP_PORT": "0", "FLUIDMCP_MAX_BODY_BYTES": "1",
-            "FLUIDMCP_DRAIN_TIMEOUT": "1.5", "FLUIDMCP_LOG_LEVEL": "WARNING", "FLUIDMCP_LOG_DIR": "/l",
-            "FLUIDMCP_RUNTIME_DIR": "/r",
+            "FLUIDMCP_BODY_TIMEOUT": "2.5", "FLUIDMCP_DRAIN_TIMEOUT": "1.5", "FLUIDMCP_LOG_LEVEL": "WARNING",
+            "FLUIDMCP_LOG_DIR": "/l", "FLUIDMCP_RUNTIME_DIR": "/r",
         }
     )  # fmt: skip
     assert settings.model_dump() == {
-        "config": Path("/c.json"), "host": "::1", "port": 0, "max_body_bytes": 1, "drain_timeout": 1.5,
-        "log_level": "warning", "log_dir": Path("/l"), "runtime_dir": Path("/r"),
+        "config": Path("/c.json"), "host": "::1", "port": 0, "max_body_bytes": 1, "body_timeout": 2.5,
+        "drain_timeout": 1.5, "log_level": "warning", "log_dir": Path("/l"), "runtime_dir": Path("/r"),
     }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
     ("name", "value"),
     [
         ("PORT", "x"), ("PORT", "-1"), ("PORT", "65536"), ("PORT", "1.5"), ("MAX_BODY_BYTES", "0"),
-        ("DRAIN_TIMEOUT", "nan"),
+        ("DRAIN_TIMEOUT", "nan"), ("BODY_TIMEOUT", "0"),
         ("DRAIN_TIMEOUT", "inf"), ("DRAIN_TIMEOUT", "-1"), ("LOG_LEVEL", "loud"), ("HOST", "a b"), ("HOST", "http://x"),
         ("HOST", "localhost:80"), ("HOST", "[::1]"),
         ("LOG_DIR", "a\0b"),
@@ -90,8 +91,8 @@ def test_a_bad_variable_is_named(name: str, value: str) -> None:
     ("name", "value"),
     [
         ("port", "8099"), ("port", True), ("port", 1.5), ("port", -1), ("port", None), ("host", 1), ("host", ""),
-        ("max_body_bytes", 0), ("drain_timeout", "1"), ("log_level", "INFO"), ("log_level", 1), ("log_dir", 1),
-        ("log_dir", ""), ("runtime_dir", "\0"),
+        ("max_body_bytes", 0), ("body_timeout", 0), ("drain_timeout", "1"), ("log_level", "INFO"), ("log_level", 1),
+        ("log_dir", 1), ("log_dir", ""), ("runtime_dir", "\0"),
     ],
 )  # fmt: skip
 def test_the_file_is_not_coerced(refuse: Refuse, short: dict[str, Any], name: str, value: Any) -> None:

@@ -290,7 +290,7 @@ class Pieces:
 
 async def choose(names: Catalog, pieces: Pieces) -> tuple[str, Any, list[tuple[bytes, bytes]]]:
     headers = [(b"content-length", str(sum(map(len, pieces.pieces))).encode())]
-    body = RequestBody(pieces.receive, headers, 100_000_000)
+    body = RequestBody(pieces.receive, headers, 100_000_000, 60)
     model, headers = await choose_model(names, body, headers, b"")
     return model, await body.start(), headers
 
