@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from fluidmcp_proxy.errors import ConfigError
 
+from .arguments import read_arguments
 from .faults import from_validation, nearest, refusal, shown
 
 if TYPE_CHECKING:
@@ -209,6 +210,19 @@ def child_environment(model: ModelConfig, environ: Mapping[str, str] | None = No
     defaults = {"PYTHONUNBUFFERED": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE)}
     forced = {"SPT_NOENV": "1"} | ({"VLLM_SERVER_DEV_MODE": "1"} if model.sleep is not None else {})
     return {**defaults, **inherited, **forced, **model.env}
+
+
+def server_keep_alive(model: ModelConfig, environ: Mapping[str, str] | None = None) -> float | None:
+    """Seconds that the model's server keeps an idle connection; None where that is not known.
+
+    It is for a vLLM started here, which reads it in its environment.
+    """
+    if model.command is None or not read_arguments(model.command, model.args).is_vllm:
+        return None
+    try:
+        return float(child_environment(model, environ)["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"])
+    except ValueError:  # vLLM will say so
+        return None
 
 
 def _section_values(section: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import anyio
 
 from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig, Start
-from fluidmcp_proxy.config.settings import child_environment
+from fluidmcp_proxy.config.settings import child_environment, server_keep_alive
 from fluidmcp_proxy.errors import ungrouped
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.catalog import Catalog
@@ -31,6 +31,9 @@ from fluidmcp_proxy.process.owner import Ownership, own
 from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport, open_transport
 
 __all__ = ["Fleet", "open_fleet"]
+
+_IDLE_LIMIT = 60.0
+"""Seconds that an idle connection is kept to a server that keeps it for longer."""
 
 
 class Fleet:
@@ -120,4 +123,7 @@ def _server(
 
 def _connect(model: ModelConfig, address: Address) -> Transport:
     timeouts = Timeouts(model.connect_timeout, model.first_byte_timeout, model.stream_idle_timeout)
-    return open_transport(address, timeouts)
+    kept = server_keep_alive(model)
+    if kept is None:
+        return open_transport(address, timeouts)
+    return open_transport(address, timeouts, keep_alive=min(_IDLE_LIMIT, kept - 1))  # a second for what is under way

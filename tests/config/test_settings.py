@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fluidmcp_proxy.config import child_environment, configured_path, load_config, parse_config, read_settings
+from fluidmcp_proxy.config.settings import server_keep_alive
 from fluidmcp_proxy.errors import ConfigError
 
 Refuse = Callable[..., ConfigError]
@@ -186,3 +187,21 @@ def test_a_server_that_is_to_sleep_gets_its_routes_for_it() -> None:
     assert child_environment(model, {})["VLLM_SERVER_DEV_MODE"] == "1"
     awake = parse_config({"llmModels": {"m": {**entry, "sleep": None}}}, environ={}).models["m"]
     assert "VLLM_SERVER_DEV_MODE" not in child_environment(awake, {})
+
+
+@pytest.mark.parametrize(
+    ("environ", "kept"),
+    [({}, 3600), ({"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "9"}, 9), ({"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "long"}, None)],
+)
+def test_how_long_a_vllm_keeps_a_connection(short: dict[str, Any], environ: dict[str, str], kept: float | None) -> None:
+    model = parse_config(short, environ={}).models["vllm"]
+    assert server_keep_alive(model, environ) == kept
+
+
+def test_how_long_another_server_keeps_a_connection_is_not_known() -> None:
+    models: dict[str, Any] = {
+        "far": {"endpoints": {"base_url": "http://127.0.0.1:9"}},
+        "other": {"command": "llama-server", "args": ["--port", "9001"]},
+    }
+    for model in parse_config({"llmModels": models}, environ={}).models.values():
+        assert server_keep_alive(model, {}) is None
