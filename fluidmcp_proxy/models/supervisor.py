@@ -69,6 +69,7 @@ class Supervisor:
         self._status = ModelStatus(id=config.id, state=ModelState.STOPPED, since=time.time())
         self._restarts = Restarts(config.restart_policy, config.max_restarts, config.restart_delay)
         self._wish = _Wish.OFF
+        self._asleep = False  # from falling asleep to waking up, or to the end without having woken up
         self._again = False  # wanted anew as soon as it is stopped
         self._closing = False
         self._transport: Transport | None = None  # the connections to the child, from ready to its end
@@ -96,7 +97,7 @@ class Supervisor:
             return Phase.READY
         if self._wish is _Wish.AWAKE or self._again:
             return Phase.COMING
-        at_rest = self._status.state in (ModelState.STOPPED, ModelState.ASLEEP, ModelState.FAILED)
+        at_rest = self._asleep or self._status.state in (ModelState.STOPPED, ModelState.FAILED)
         return Phase.RESTING if at_rest else Phase.GOING
 
     @property
@@ -380,6 +381,7 @@ class Supervisor:
         if state is ModelState.READY:
             changes = {"reason": None, "message": None}
         self._status = replace(self._status, state=state, since=time.time(), **changes)  # type: ignore[arg-type]
+        self._asleep = state is ModelState.ASLEEP or (self._asleep and state is ModelState.STOPPING)
         self._entered = anyio.current_time()
         logger.info("model %s: %s", self.config.id, state)
         self._wake()
