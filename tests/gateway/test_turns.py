@@ -75,8 +75,7 @@ def test_a_load_ends_with_the_client_that_wanted_it(launching: Make) -> None:
 
 def test_an_idle_model_is_stopped_and_comes_back(launching: Make) -> None:
     with serving(launching(m={"idle_timeout": 0.3})) as port:
-        eventually(lambda: status(port, "m")["state"] == "ready", "ready")
-        eventually(lambda: status(port, "m")["state"] == "stopped", "idle")
+        eventually(lambda: (told := status(port, "m"))["spawns"] == 1 and told["state"] == "stopped", "idle")
         assert httpx.get(url(port, "/ready")).status_code == 200
         assert httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE).status_code == 200
         assert status(port, "m")["spawns"] == 2
