@@ -71,7 +71,7 @@ def _count_turn(slot: Slot, now: float) -> None:
 def turn_is_over(slot: Slot, now: float) -> bool:
     """Whether the holder has had its share since others began to wait."""
     return slot.contested_since is not None and (
-        slot.served >= TURN_REQUESTS or now - slot.contested_since >= TURN_SECONDS
+        slot.served >= TURN_REQUESTS or now >= slot.contested_since + TURN_SECONDS
     )
 
 
@@ -86,7 +86,7 @@ def may_enter(desk: Desk, now: float) -> bool:
 
 def is_idle(desk: Desk, now: float) -> bool:
     """Whether the model has had nothing to do for its ``idle_timeout``."""
-    return not desk.inside and desk.idle_timeout is not None and now - desk.idle_since >= desk.idle_timeout
+    return not desk.inside and desk.idle_timeout is not None and now >= desk.idle_since + desk.idle_timeout
 
 
 def next_ask(slot: Slot, now: float) -> Ask | None:
@@ -113,7 +113,10 @@ def next_ask(slot: Slot, now: float) -> Ask | None:
 
 
 def deadlines(slot: Slot, now: float) -> Iterator[float]:
-    """The times after ``now`` at which a decision may be another one although nothing has happened."""
+    """The times after ``now`` at which a decision may be another one although nothing has happened.
+
+    Calculated as the decisions do: with a difference instead of a sum, rounding can leave one neither due nor ahead.
+    """
     times = [desk.promised_until for desk in slot.desks]
     if slot.contested_since is not None:
         times.append(slot.contested_since + TURN_SECONDS)

@@ -14,7 +14,7 @@ from fluidmcp_proxy.errors import ModelFailed, ModelStopped, QueueFull
 from fluidmcp_proxy.models.lease import Lease
 from fluidmcp_proxy.models.scheduler import Scheduler
 from fluidmcp_proxy.models.state import Phase
-from fluidmcp_proxy.models.turns import TURN_REQUESTS, TURN_SECONDS
+from fluidmcp_proxy.models.turns import TURN_REQUESTS, TURN_SECONDS, deadlines
 from tests.models.doubles import FakeServer, model
 
 
@@ -177,6 +177,20 @@ def test_an_idle_model_is_put_away_and_comes_back(start: str) -> None:
     assert house.asked("m") == ["start"]
     server.become_ready()
     assert inside(lease) == [True]
+
+
+@pytest.mark.parametrize("began", [1000.1, 14885.306, 0.7])
+def test_a_deadline_is_due_when_it_is_reached_however_it_rounds(began: float) -> None:
+    for timeout in (0.1, 0.3, 0.7, 1.1):
+        house = House(m={"idle_timeout": timeout})
+        house.now = began
+        house.servers["m"].become_ready()
+        (due,) = deadlines(house.scheduler._desks["m"].slot, house.now)
+        house.pass_time(0)
+        assert house.asked("m") == []
+        house.now = due
+        house.scheduler.look_again()
+        assert house.asked("m") == ["rest"]
 
 
 def test_a_failure_lasts_a_minute() -> None:
