@@ -6,19 +6,19 @@ The rest of the body stays as it is. No more of it is held than comes before the
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from urllib.parse import unquote_plus
 
 from fluidmcp_proxy.errors import AmbiguousModel, InvalidJSON, ModelRequired
-from fluidmcp_proxy.gateway.body import RequestBody
-from fluidmcp_proxy.gateway.form_model import FormModel, boundary_of
-from fluidmcp_proxy.gateway.json_model import JsonModel
+from fluidmcp_proxy.gateway.body import COLLECTED_BYTES, RequestBody
+from fluidmcp_proxy.gateway.form_scanner import FormScanner, boundary_of
+from fluidmcp_proxy.gateway.json_scanner import JsonScanner
+from fluidmcp_proxy.gateway.model_name import Place, encode, model_in
 from fluidmcp_proxy.models.catalog import Catalog
 
 __all__ = ["choose_model", "model_in_query"]
 
 Headers = list[tuple[bytes, bytes]]
-_Finder = JsonModel | FormModel
 
 
 async def choose_model(catalog: Catalog, body: RequestBody, headers: Headers, query: bytes) -> tuple[str, Headers]:
@@ -34,21 +34,27 @@ async def choose_model(catalog: Catalog, body: RequestBody, headers: Headers, qu
         ClientDisconnected, RequestTooLarge: see ``RequestBody.start``.
     """
     asked = model_in_query(query)
-    finder, coding = _finder(headers)
-    opened = _Opened(finder, body)
-    try:
-        await opened.read()
-    except InvalidJSON:
-        if asked is None:
-            raise
-        opened.finder = finder = None
-    name = finder.name if finder is not None and finder.name is not None else asked
-    if name is None and coding and not catalog.is_single:
+    fields = dict(headers)
+    boundary = boundary_of(fields.get(b"content-type", b""))
+    coded = fields.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity")
+    content = await body.start() or b""
+    opened = _Whole(content) if isinstance(content, bytes) else _Stream(content)
+    place = None
+    if not coded:
+        try:
+            place = await opened.search(boundary)
+        except InvalidJSON:
+            if asked is None:
+                raise
+    name = asked if place is None else place.name
+    if name is None and coded and not catalog.is_single:
         said = "The model's name cannot be read from a body with a content coding: send it without, or add ?model=NAME."
         raise ModelRequired(said)
     found = await catalog.look_up(name)
-    if found.rename is not None and finder is not None and finder.name is not None:
-        headers = _with_length(headers, opened.rename(found.rename))
+    if found.rename is not None and place is not None:
+        new = encode(found.rename) if boundary is None else found.rename.encode()
+        opened.put(new, place)
+        headers = _with_length(headers, len(new) - (place.end - place.start))
     body.replace(opened.content())
     return found.model, headers
 
@@ -67,80 +73,76 @@ def model_in_query(query: bytes) -> str | None:
     return unquote_plus(names[0].decode("latin-1")) if names and names[0] else None
 
 
-def _finder(headers: Headers) -> tuple[_Finder | None, bool]:
-    """What looks for the name in such a body, and whether the body has a content coding, which nothing looks into."""
-    content_type = b""
-    for name, value in headers:
-        if name == b"content-type":
-            content_type = value
-        elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            return None, True
-    boundary = boundary_of(content_type)
-    # Anything else is taken for JSON: clients forget the header, and curl sends another one.
-    return (JsonModel() if boundary is None else FormModel(boundary)), False
+def _scanner(boundary: bytes | None) -> JsonScanner | FormScanner:
+    # Whatever its content type, what is no form is read as JSON: clients forget the header, and curl sends another one.
+    return JsonScanner() if boundary is None else FormScanner(boundary)
 
 
-class _Opened:
-    """A body whose beginning is being read."""
+class _Whole:
+    """A body that is here as a whole."""
 
-    def __init__(self, finder: _Finder | None, body: RequestBody) -> None:
-        self.finder = finder
+    __slots__ = ("_body",)
+
+    def __init__(self, body: bytes) -> None:
         self._body = body
+
+    async def search(self, boundary: bytes | None) -> Place | None:
+        """Where the name is."""
+        if boundary is None and len(self._body) <= COLLECTED_BYTES:
+            return model_in(self._body) if self._body else None
+        scanner = _scanner(boundary)
+        scanner.feed(self._body)
+        scanner.close()
+        return scanner.place
+
+    def put(self, name: bytes, place: Place) -> None:
+        """Put ``name`` where the one that was found is."""
+        self._body = self._body[: place.start] + name + self._body[place.end :]
+
+    def content(self) -> bytes:
+        """What to send."""
+        return self._body
+
+
+class _Stream:
+    """A body that comes in pieces, of which those before the name are held."""
+
+    def __init__(self, rest: AsyncIterator[bytes]) -> None:
+        self._rest = rest
         self._pieces: list[bytes] = []
-        self._rest: AsyncIterator[bytes] | None = None
+        self._scanner: JsonScanner | FormScanner | None = None
 
-    async def read(self) -> None:
-        """Read until the name is found, or to the end; a body that is not looked into is not read further."""
-        content = await self._body.start()
-        finder = self.finder
-        if content is None or isinstance(content, bytes):
-            self._pieces.append(content or b"")
-            if content and finder is not None:
-                finder.feed(content)
-                finder.close()
-            return
-        self._rest = content
-        if finder is None:
-            return
-        async for piece in content:
+    async def search(self, boundary: bytes | None) -> Place | None:
+        """Read until the name is there, or to the end."""
+        scanner = _scanner(boundary)
+        async for piece in self._rest:
             self._pieces.append(piece)
-            finder.feed(piece)
-            if finder.name is not None:
-                return
-        finder.close()
+            scanner.feed(piece)
+            if scanner.place is not None:
+                self._scanner = scanner
+                return scanner.place
+        scanner.close()
+        return None
 
-    def rename(self, name: str) -> int:
-        """Put ``name`` in the place of the one found; the bytes by which the body grows."""
-        finder = self.finder
-        assert finder is not None
-        new = finder.encode(name)
-        self._pieces = _spliced(self._pieces, finder.start, finder.end, new)
-        return len(new) - (finder.end - finder.start)
+    def put(self, name: bytes, place: Place) -> None:
+        """As of ``_Whole``."""
+        before, after, at = [], [], 0
+        for piece in self._pieces:
+            before.append(piece[: max(0, place.start - at)])
+            after.append(piece[max(0, place.end - at) :])
+            at += len(piece)
+        self._pieces = [part for part in (*before, name, *after) if part]
 
-    def content(self) -> bytes | AsyncIterator[bytes]:
-        """The whole body, once."""
-        return b"".join(self._pieces) if self._rest is None else self._stream(self._rest)
-
-    async def _stream(self, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def content(self) -> AsyncIterator[bytes]:
+        """What was held, then the rest as it comes; a second name in it is refused."""
         pieces = self._pieces[::-1]
         self._pieces.clear()
         while pieces:
             yield pieces.pop()
-        finder = self.finder
-        async for piece in rest:
-            if finder is not None:
-                finder.feed(piece)  # refuses a second name
+        async for piece in self._rest:
+            if self._scanner is not None:
+                self._scanner.feed(piece)
             yield piece
-
-
-def _spliced(pieces: Sequence[bytes], start: int, end: int, new: bytes) -> list[bytes]:
-    """``pieces`` with ``new`` in the place of the bytes from ``start`` to ``end`` of them all."""
-    before, after, at = [], [], 0
-    for piece in pieces:
-        before.append(piece[: max(0, start - at)])
-        after.append(piece[max(0, end - at) :])
-        at += len(piece)
-    return [part for part in (*before, new, *after) if part]
 
 
 def _with_length(headers: Headers, more: int) -> Headers:

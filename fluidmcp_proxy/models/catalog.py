@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 
@@ -37,8 +36,7 @@ Card = Mapping[str, Any]
 """What a server says about one of its models; ``id`` is its name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """The model that a name means. ``rename`` is what its server calls it, where that is known to be another name."""
 
     model: str

@@ -308,6 +308,8 @@ async def test_what_follows_the_name_is_not_waited_for() -> None:
     assert (model, pieces.read) == ("a", 2)
     assert (await all_of(content)).startswith(b'{"model": "org/A", "x": "aaa')
     assert headers == [(b"content-length", str(sum(map(len, pieces.pieces)) + 4).encode())]
+    one = b'{"x": "' + b"".join(rest) + b'", "model": "a"}'
+    assert (await choose(names, Pieces(one)))[1] == one.replace(b'"a"}', b'"org/A"}'), "a server may send it at once"
     last, read = Pieces(b'{"x": "', *rest, b'", "model": "alias-a"}', b" "), 22
     model, content, headers = await choose(names, last)
     assert (model, last.read) == ("a", read)

@@ -11,20 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluidmcp_proxy.errors import GatewayError
-from fluidmcp_proxy.gateway.form_model import FormModel, boundary_of
-from fluidmcp_proxy.gateway.json_model import MAX_NAME_BYTES
+from fluidmcp_proxy.gateway.form_scanner import FormScanner, boundary_of
+from fluidmcp_proxy.gateway.model_name import MAX_NAME_BYTES, Place
 
 CUTS = st.lists(st.integers(0, 5000), max_size=8)
 BINARY = st.binary(max_size=60) | st.text("\r\n-b", max_size=60).map(str.encode)
 
 
-def find(body: bytes, cuts: list[int] | None = None, boundary: bytes = b"b") -> FormModel:
-    finder = FormModel(boundary)
+def find(body: bytes, cuts: list[int] | None = None, boundary: bytes = b"b") -> Place | None:
+    finder = FormScanner(boundary)
     places = [0, *sorted(cut % (len(body) + 1) for cut in cuts or []), len(body)]
     for start, end in itertools.pairwise(places):
         finder.feed(body[start:end])
     finder.close()
-    return finder
+    return finder.place
 
 
 def part(disposition: str, content: bytes, more: str = "") -> bytes:
@@ -44,12 +44,12 @@ def test_the_forms_of_httpx(file: bytes, other: bytes, name: str, model_last: bo
     boundary = boundary_of(request.headers["content-type"].encode())
     assert boundary is not None
     body = request.read()
-    finder = find(body, cuts, boundary)
-    assert finder.name == name
-    assert body[finder.start : finder.end] == name.encode()
-    assert find(body, list(range(len(body))), boundary).name == name
-    changed = body[: finder.start] + FormModel.encode("new") + body[finder.end :]
-    assert find(changed, [], boundary).name == "new"
+    place = find(body, cuts, boundary)
+    assert place is not None
+    assert body[place.start : place.end] == name.encode() == place.name.encode()
+    assert find(body, list(range(len(body))), boundary) == place
+    changed = body[: place.start] + b"new" + body[place.end :]
+    assert find(changed, [], boundary) == Place("new", place.start, place.start + 3)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,14 @@ def test_ways_to_write_the_field(disposition: str) -> None:
         b"preamble\r\n" + part('name="x"', b"") + part(disposition, b"m", "Content-Type: text/plain\r\n") + b"--b--\r\n"
     )
     for cuts in ([], list(range(len(body)))):
-        assert find(body, cuts).name == "m"
+        place = find(body, cuts)
+        assert place is not None
+        assert place.name == "m"
 
 
 @pytest.mark.parametrize("disposition", ['name="models"', 'name="model"; filename="model"', 'name="file"; x="model"'])
 def test_what_is_not_the_field(disposition: str) -> None:
-    assert find(part(disposition, b"m") + b"--b--").name is None
+    assert find(part(disposition, b"m") + b"--b--") is None
 
 
 @pytest.mark.parametrize(
@@ -88,16 +90,16 @@ def test_what_is_refused(body: bytes, code: str) -> None:
 
 
 def test_nothing_after_the_last_delimiter_counts() -> None:
-    assert find(b"--b--\r\n" + part('name="model"', b"m") + b"--b--").name is None
+    assert find(b"--b--\r\n" + part('name="model"', b"m") + b"--b--") is None
 
 
 def test_it_keeps_no_more_than_it_needs() -> None:
-    finder = FormModel(b"b" * 70)
+    finder = FormScanner(b"b" * 70)
     for endless in (b"-", b"\r\n", b"\r\n--" + b"b" * 69, b"x" * 100_000):
         for _ in range(100):
             finder.feed(endless)
             assert len(finder._rest) < 80
-    assert finder.name is None
+    assert finder.place is None
     assert MAX_NAME_BYTES < 10_000
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import time
 from typing import Any
 
@@ -13,17 +12,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fluidmcp_proxy.errors import GatewayError
-from fluidmcp_proxy.gateway.json_model import MAX_NAME_BYTES, JsonModel
+from fluidmcp_proxy.gateway.json_scanner import JsonScanner
+from fluidmcp_proxy.gateway.model_name import MAX_NAME_BYTES, Place, encode, model_in
 
 
-def find(body: bytes, cuts: list[int] | None = None) -> JsonModel:
-    """Feed ``body``, cut at these places, to a finder."""
-    finder = JsonModel()
-    places = [0, *sorted(cut % (len(body) + 1) for cut in cuts or []), len(body)]
+def find(body: bytes, cuts: list[int] | None = None) -> Place | None:
+    """Find the name in ``body``, cut at these places; None: as a whole."""
+    if cuts is None:
+        return model_in(body)
+    finder = JsonScanner()
+    places = [0, *sorted(cut % (len(body) + 1) for cut in cuts), len(body)]
     for start, end in itertools.pairwise(places):
         finder.feed(body[start:end])
     finder.close()
-    return finder
+    return finder.place
 
 
 def refused(body: bytes, cuts: list[int] | None = None) -> str:
@@ -62,45 +64,52 @@ def test_it_sees_what_json_sees_and_changes_nothing_else(
     members = [f"{write(k)}{colon}{write(v)}" for k, v in before]
     members += [f"{key}{colon}{write(name)}", *(f"{write(k)}{colon}{write(v)}" for k, v in after)]
     body = ("{" + comma.join(members) + "}").encode("utf-8", "surrogatepass")
-    finder = find(body, cuts)
-    assert finder.name == name == json.loads(body)["model"]
-    replaced = body[: finder.start] + JsonModel.encode(new) + body[finder.end :]
+    place = find(body, cuts)
+    assert place is not None
+    assert place == find(body)
+    assert place.name == name == json.loads(body)["model"]
+    replaced = body[: place.start] + encode(new) + body[place.end :]
     assert json.loads(replaced) == {**json.loads(body), "model": new}
-    assert json.loads(b'"' + body[finder.start : finder.end] + b'"') == name
-    assert (body[finder.start - 1 : finder.start], body[finder.end : finder.end + 1]) == (b'"', b'"')
+    assert json.loads(b'"' + body[place.start : place.end] + b'"') == name
+    assert (body[place.start - 1 : place.start], body[place.end : place.end + 1]) == (b'"', b'"')
 
 
 @given(MEMBERS, styles(), CUTS)
 def test_without_a_model(members: Any, write: Any, cuts: list[int]) -> None:
     body = " " + write(dict(members)) + "\n"
-    assert find(body.encode(), cuts).name is None
+    assert find(body.encode(), cuts) is find(body.encode()) is None
 
 
 @given(st.binary(max_size=60) | st.text('{}[]":,\\ model0un', max_size=60).map(str.encode), CUTS)
 @example(b'{"model":"a', [])
 @example(rb'{"\ud800":1,"model":"a"}', [])
 def test_any_bytes_any_cuts(body: bytes, cuts: list[int]) -> None:
-    """The same result however it is cut, never another error; and what is an object to json is one here."""
+    """The same result however it is cut, never another error; and what is an object to json is one here.
 
-    def outcome(cuts: list[int]) -> Any:
+    As a whole it is read more strictly.
+    """
+
+    def outcome(cuts: list[int] | None) -> Any:
         try:
-            finder = find(body, cuts)
-            return finder.name, finder.start, finder.end
+            return find(body, cuts)
         except GatewayError as error:
             return error.code
 
     whole = outcome([])
     assert outcome(cuts) == outcome(list(range(len(body)))) == whole
+    strictly = outcome(None)
+    assert strictly == whole or strictly == "invalid_json"
     try:
         pairs = json.loads(body.decode(), object_pairs_hook=lambda pairs: pairs)
     except ValueError:
         return
     if isinstance(pairs, list) and body.strip().startswith(b"{"):
+        assert strictly == whole
         named = [value for key, value in pairs if key == "model"]
         if not named or named == [None]:
-            assert whole == (None, 0, 0)
+            assert whole is None
         elif len(named) == 1 and isinstance(named[0], str) and "\\ud" not in body.decode().lower():
-            assert whole[0] == named[0]
+            assert whole.name == named[0]
 
 
 @pytest.mark.parametrize(
@@ -136,19 +145,30 @@ def test_any_bytes_any_cuts(body: bytes, cuts: list[int]) -> None:
 )
 def test_what_is_refused(body: bytes, code: str) -> None:
     assert refused(body) == code
-    assert refused(body, list(range(len(body)))) == code
+    assert refused(body, []) == refused(body, list(range(len(body)))) == code
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"model":"a"} x', b'{"model":"a"}{}', b'{"model":"a",}', b'{"a":x,"model":"a"}', b'{"a":[},"model":"a"}',
+     b'{"a":"\xff","model":"a"}', b'{"model":"a","b":' + b"[" * 60_000],
+)  # fmt: skip
+def test_what_is_seen_only_as_a_whole(body: bytes) -> None:
+    """In pieces these are left to the server, which reads them whole."""
+    assert refused(body) == "invalid_json"
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"model":null}', b'{"model": null , "a":1}', b'{"a":{"model":"x"}}'])
 def test_no_name(body: bytes) -> None:
-    assert find(body).name is None
-    assert find(body, list(range(len(body)))).name is None
+    assert find(body) is find(body, []) is None
+    assert find(body, list(range(len(body)))) is None
 
 
 def test_the_longest_name() -> None:
     name = "a" * (MAX_NAME_BYTES - 2)
-    assert find(b'{"model":"%b"}' % name.encode()).name == name
-    assert find(b'{"model":"%b"}' % name.encode(), list(range(MAX_NAME_BYTES))).name == name
+    body = b'{"model":"%b"}' % name.encode()
+    for cuts in (None, [], list(range(MAX_NAME_BYTES))):
+        assert find(body, cuts) == Place(name, 10, 10 + len(name))
 
 
 def test_it_keeps_no_more_than_a_token() -> None:
@@ -156,7 +176,7 @@ def test_it_keeps_no_more_than_a_token() -> None:
     for endless in (b'{"' + b"k" * 9000, b'{"a":"' + b"s" * 9000, b'{"a":' + b"[" * 9000, b"{" + b" " * 9000,
                     b'{"a":"' + b"\\" * 9001, b'{"a":"' + b'\\"' * 4500, b'{"a":' + b"9" * 9000):  # fmt: skip
         for size in (1, 7, 4096):
-            finder = JsonModel()
+            finder = JsonScanner()
             for start in range(0, len(endless), size):
                 finder.feed(endless[start : start + size])
                 assert len(finder._rest) <= 64
@@ -174,7 +194,7 @@ def test_the_time_grows_with_the_length_only(filling: bytes) -> None:
     def seconds(count: int) -> float:
         best = 9.0
         for _ in range(3):
-            finder = JsonModel()
+            finder = JsonScanner()
             finder.feed(b'{"messages":[' if not filling.startswith(b"\\") else b'{"messages":["')
             begin = time.thread_time()
             finder.feed(filling * count)
@@ -184,6 +204,6 @@ def test_the_time_grows_with_the_length_only(filling: bytes) -> None:
     assert seconds(8) < 8 * 4 * max(seconds(2) / 2, 2e-5)
 
 
-def test_the_names_bytes() -> None:
-    assert JsonModel.encode('a"b\\c/ä') == 'a\\"b\\\\c/ä'.encode()
-    assert not re.search(rb'(?<!\\)"', JsonModel.encode('"'))
+@given(st.text(st.characters(codec="utf-8")))
+def test_the_names_bytes(name: str) -> None:
+    assert json.loads(b'"' + encode(name) + b'"') == name
