@@ -125,6 +125,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def swaps(session: nox.Session) -> None:
+    """What it costs when two models of a group take turns; with two real vLLMs: -- --real --clients 8."""
+    session.install("-e", ".")
+    session.run("python", "benchmarks/swapping.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """What forwarding costs, beside its peers, and what the gateway withstands: the figures of docs/performance.md."""
     session.install("-e", ".", "uvloop")
