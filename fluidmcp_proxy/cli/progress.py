@@ -53,6 +53,10 @@ def _line(status: ModelStatus, url: str) -> str | None:
     if status.state is ModelState.READY:
         return f"  {status.id}: ready at {url}/{status.id}/v1"
     if status.state is ModelState.STARTING:
-        doing = _PREFIX.sub("", status.progress or "")
+        doing = _PREFIX.sub("", status.progress or "") if status.stage is None else _stage(status)
         return f"  {status.id}: loading{': ' if doing else ''}{doing}"[:_WIDTH]
     return None  # stops and failures are in the log
+
+
+def _stage(status: ModelStatus) -> str:
+    return f"{status.stage}" if status.percent is None else f"{status.stage}, {status.percent} %"

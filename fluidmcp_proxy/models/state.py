@@ -66,8 +66,9 @@ class ModelStatus:
     ``since`` is a Unix time in seconds; ``address`` is where the server listens that was started last,
     ``unix:PATH`` for a Unix socket; ``restarts`` counts those in a row, ``spawns`` all of them; ``last_exit`` says how
     its server ended last, ``reason`` is a word for a program (``port_in_use``, ``exited``, ``startup_timeout`` …) and
-    ``message`` a sentence for a person, both of the last failure; ``progress`` is what the server last said while
-    loading.
+    ``message`` a sentence for a person, both of the last failure; while it loads,
+    ``progress`` is what the server said last, ``stage`` what it does (``models.progress.Stage``) and ``percent`` how
+    much of that is done, where it says so.
     """
 
     id: str
@@ -81,3 +82,5 @@ class ModelStatus:
     reason: str | None = None
     message: str | None = None
     progress: str | None = None
+    stage: str | None = None
+    percent: int | None = None

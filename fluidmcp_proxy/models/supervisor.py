@@ -22,6 +22,7 @@ from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import GatewayError, ModelFailed, ShuttingDown
 from fluidmcp_proxy.models.address import displayed
 from fluidmcp_proxy.models.child import CannotStart, Child, Failure, Launcher
+from fluidmcp_proxy.models.progress import LINES, read_progress
 from fluidmcp_proxy.models.readiness import until_ready
 from fluidmcp_proxy.models.restart import Restarts
 from fluidmcp_proxy.models.sleep import Sleeper
@@ -104,8 +105,9 @@ class Supervisor:
     def status(self) -> ModelStatus:
         """A snapshot; its ``state`` is old as soon as it is read."""
         if self._status.state is ModelState.STARTING:
-            last = self._launcher.tail(1)
-            return replace(self._status, progress=last[0] if last else None)
+            lines = self._launcher.tail(LINES)
+            stage, percent = read_progress(lines)
+            return replace(self._status, progress=lines[-1] if lines else None, stage=stage, percent=percent)
         return self._status
 
     def refusal(self) -> GatewayError | None:
