@@ -16,6 +16,7 @@ from fluidmcp_proxy.gateway.access import check_host, check_size
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
+from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
 from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Router, Unified, speaks_anthropic
 from fluidmcp_proxy.gateway.target import Target, read_target
@@ -161,7 +162,9 @@ class Gateway:
     async def _forward(self, route: Forward, request: _Request, body: RequestBody) -> None:
         request.model = route.model
         lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
-        relay = Relay(self._outgoing(route, request), body, lease, request.send)
+        wants_news = asks_for_progress(request.noted)
+        news = (lambda: what_it_does(self.status(route.model))) if wants_news else None
+        relay = Relay(self._outgoing(route, request), body, lease, request.send, news)
         try:
             await relay.run()
         except AnswerTruncated:

@@ -6,7 +6,8 @@ like one: ASGI has no abort, so ``abort`` says how that is done.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 import anyio
@@ -14,9 +15,10 @@ import anyio
 from fluidmcp_proxy.errors import GatewayError, UpstreamUnavailable
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.departure import race_departure
+from fluidmcp_proxy.gateway.loading import is_streamed, late_refusal, telling
 from fluidmcp_proxy.gateway.sse import EventSplitter, is_event_stream
 from fluidmcp_proxy.models.scheduler import Lease
-from fluidmcp_proxy.upstream.client import Response
+from fluidmcp_proxy.upstream.client import Response, Transport
 from fluidmcp_proxy.upstream.headers import response_headers
 
 __all__ = ["AnswerTruncated", "Outgoing", "Relay"]
@@ -47,13 +49,17 @@ class Relay:
     ``upstream_died`` and ``cut``. The bytes of the answer's body are counted in the lease.
     """
 
-    __slots__ = ("_body", "_error", "_events", "_lease", "_outgoing", "_send", "outcome", "status")
+    __slots__ = ("_body", "_error", "_events", "_lease", "_news", "_outgoing", "_send", "outcome", "status")
 
-    def __init__(self, outgoing: Outgoing, body: RequestBody, lease: Lease, send: Send) -> None:
+    def __init__(
+        self, outgoing: Outgoing, body: RequestBody, lease: Lease, send: Send, news: Callable[[], str] | None = None
+    ) -> None:
+        """``news`` says what the model does, for a client that wants to be told while it waits."""
         self._outgoing = outgoing
         self._body = body
         self._lease = lease
         self._send = send
+        self._news = news
         self._events: EventSplitter | None = None
         self._error: GatewayError | None = None
         self.status = 0
@@ -91,7 +97,7 @@ class Relay:
         for tries_left in reversed(range(_CONNECT_TRIES)):
             try:
                 async with (
-                    self._lease as transport,
+                    self._lease if self._news is None or not is_streamed(body) else self._told(self._news) as transport,
                     transport.exchange(out.method, out.target, out.headers, body) as answer,
                 ):
                     await self._answer(answer)
@@ -103,10 +109,16 @@ class Relay:
                 await anyio.sleep(0.05)
 
     async def _answer(self, answer: Response) -> None:
-        send, lease, self.status = self._send, self._lease, answer.status
-        headers = response_headers(answer.headers, request_id=self._outgoing.request_id)
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        events = self._events = EventSplitter() if is_event_stream(answer.headers) else None
+        send, lease, events = self._send, self._lease, self._events
+        if events is None:
+            self.status = answer.status
+            headers = response_headers(answer.headers, request_id=self._outgoing.request_id)
+            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+            events = self._events = EventSplitter() if is_event_stream(answer.headers) else None
+        elif answer.status != 200 or not is_event_stream(answer.headers):
+            last_words = await late_refusal(answer, anthropic=self._outgoing.anthropic)
+            await send({"type": "http.response.body", "body": last_words, "more_body": False})
+            return
         async for chunk in answer.body:
             ended = answer.ended  # saves a message of its own for the end
             if events is not None:
@@ -119,6 +131,24 @@ class Relay:
         rest = b"" if events is None else events.rest()
         lease.bytes_answered += len(rest)
         await send({"type": "http.response.body", "body": rest, "more_body": False})
+
+    @asynccontextmanager
+    async def _told(self, news: Callable[[], str]) -> AsyncIterator[Transport]:
+        """The lease, with comments in the stream while it is waited for."""
+        async with AsyncExitStack() as stack:
+            async with telling(self._begin_stream, self._comment, news):
+                transport = await stack.enter_async_context(self._lease)
+            yield transport
+
+    async def _begin_stream(self) -> None:
+        if self._events is None:
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            headers += [(b"preference-applied", b"progress"), (b"x-request-id", self._outgoing.request_id)]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            self.status, self._events = 200, EventSplitter()
+
+    async def _comment(self, comment: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": comment, "more_body": True})
 
     async def _tell(self, error: GatewayError) -> None:
         """Say what went wrong: by an answer where there is none yet, else inside the stream, and abort it."""
