@@ -50,8 +50,8 @@ class Machine:
 
     @contextlib.contextmanager
     def running(self, command: list[str], core: int | None, port: int, patience: float = 60.0) -> Iterator[int]:
-        """The pid of a server that listens, and is ended afterwards."""
-        pinned = ["taskset", "-c", str(core)] if core is not None else []
+        """The pid of a server that listens, and is ended afterwards; without a core of its own it has both."""
+        pinned = ["taskset", "-c", f"{self.load_core},{self.proxy_core}" if core is None else str(core)]
         with tempfile.TemporaryFile("w+", dir=self.folder) as log:
             process = subprocess.Popen(
                 ["prlimit", f"--nofile={FILES}", *pinned, *command], stdout=log, stderr=log, cwd=self.folder
@@ -64,7 +64,7 @@ class Machine:
             finally:
                 process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(10)
+                    process.wait(30)
                 process.kill()
                 process.wait()
 

@@ -37,8 +37,16 @@ def cut_streams(here: Machine, scale: Scale) -> list[Row]:
             beside.append(f"{proxy.name}: {_told(_read_through(here, proxy, points))}")
         except (DidNotStart, subprocess.SubprocessError) as error:
             print(f"{proxy.name}: {error}", file=sys.stderr)
-    what = f"a stream cut at {points} points, read with the OpenAI SDK {_sdk_version()}"
-    return [Row(what, f"{points} typed errors", _told(kinds), "; ".join(beside), kinds["typed"] == points)]
+    what = f"a stream cut at {points} points, read with the OpenAI SDK"
+    return [
+        Row(
+            what,
+            f"{points} typed errors",
+            f"openai {_sdk_version()}: {_told(kinds)}",
+            "; ".join(beside),
+            kinds["typed"] == points,
+        )
+    ]
 
 
 def _read_through(here: Machine, proxy: Proxy, points: int) -> collections.Counter[str]:

@@ -25,7 +25,7 @@
 
 #include "checksum.h"
 
-enum { MAX_FD = 65536, MAX_ID = 1 << 20, BUFFER = 65536, CATCH_UP = 64 };
+enum { MAX_FD = 65536, MAX_ID = 1 << 20, BUFFER = 65536, CATCH_UP = 64, PARTS = 4 };
 
 struct peer {
     int fd, streaming, waits_to_write;
@@ -103,8 +103,10 @@ static int put(struct peer *p, const char *data, size_t size) {
     return 0;
 }
 
+// One part at a time: a large answer does not hold up the streams.
 static int flush(struct peer *p) {
-    while (pending(p)) {
+    for (int part = 0; pending(p); part++) {
+        if (part == PARTS) return 0;
         int kept = p->out_end > p->out_start;
         size_t size = kept ? p->out_end - p->out_start : p->bytes_left < BUFFER ? p->bytes_left : BUFFER;
         ssize_t sent = try_send(p, kept ? p->out + p->out_start : filler, size);
