@@ -35,7 +35,9 @@ Routes beside the OpenAI ones (any method):
   /v1/status/N                an answer with that status
   /v1/replay                  the request's body as the answer's, chunked; ?piece=BYTES, ?interval=S, ?type=MEDIA/TYPE
   /v1/raw                     the request's body written to the socket as it is, then the connection closes
-  /stub/stats                 counters as JSON: requests, running, aborted, connections
+  /v1/realtime                a WebSocket that echoes all messages but the texts stub:request (answers as /v1/echo),
+                              stub:close CODE REASON, stub:cut HOW, stub:flood N BYTES, stub:raw HEX and stub:deaf
+  /stub/stats                 as JSON: requests, running, aborted, connections, last_close (of a WebSocket's client)
 With --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1 as vLLM has them: /sleep, /wake_up, /is_sleeping, /collective_rpc,
 /reset_prefix_cache. Asleep it is healthy and generates nothing; after level 2 it says "!" until it reloads its weights.
 
@@ -387,6 +389,7 @@ class Server:
         self.awake.set()
         self.asleep: set[str] = set()
         self.weights_lost = False
+        self.last_close: list[object] = []
         self.running = self.requests = self.aborted = self.connections = self.tokens = self.iterations = 0
 
     async def route(self, request: Request, out: Connection) -> None:
@@ -407,12 +410,14 @@ class Server:
         elif path == "/version":
             await out.respond_json({"version": "0.33.0"})
         elif path == "/stub/stats":
-            names = ("requests", "running", "aborted", "connections")
+            names = ("requests", "running", "aborted", "connections", "last_close")
             await out.respond_json({name: getattr(self, name) for name in names})
         elif path == "/v1/models":
             await out.respond_json({"object": "list", "data": [card(options, name) for name in options.names]})
         elif path in FORMS or path in ("/tokenize", "/detokenize"):
             await self.model_route(request, out)
+        elif path == "/v1/realtime" and request.header("upgrade").lower() == "websocket":
+            await self.websocket_route(request, out)
         else:
             await self.test_route(request, out)
 
@@ -522,6 +527,23 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), seconds)
 
+    async def websocket_route(self, request: Request, out: Connection) -> None:
+        if status := request.number("status", None):
+            return await out.respond_json(error("as asked", "StubError", int(status)), int(status))
+        await self.pause(request.number("answer-delay", self.options.answer_delay) or 0.0)
+        key = request.header("sec-websocket-key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        out._head(101, ["upgrade: websocket", "connection: upgrade", f"sec-websocket-accept: {accept}"])
+        self.running += 1
+        finished = False
+        try:
+            self.last_close = await Conversation(request, out).run()
+            finished = True
+        finally:
+            self.running -= 1
+            self.aborted += not finished
+        raise CutShort
+
     def metrics(self) -> str:
         labels = f'{{engine="0",model_name="{self.options.names[0]}"}}'
         values = {
@@ -580,6 +602,76 @@ def card(options: argparse.Namespace, name: str) -> dict[str, Any]:
     )
     described = {"id": name, "object": "model", "created": 1700000000, "owned_by": "vllm", **place}
     return described if name in paths else {**described, "max_model_len": 2048}
+
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+
+
+class Conversation:
+    """The server's end of a WebSocket (RFC 6455)."""
+
+    def __init__(self, request: Request, out: Connection) -> None:
+        self.request, self.out = request, out
+        self.closing = False
+
+    async def run(self) -> list[object]:
+        """Until the client's Close; its code and reason."""
+        while (message := await self.receive())[0] != CLOSE:
+            command, *words = message[1].decode().split(" ", 2) if message[1].startswith(b"stub:") else [""]
+            if command == "stub:request":
+                await self.send(TEXT, json.dumps(echo(self.request)).encode())
+            elif command == "stub:close":
+                payload = int(words[0]).to_bytes(2, "big") + " ".join(words[1:]).encode() if words else b""
+                await self.send(CLOSE, payload)
+                self.closing = True
+            elif command == "stub:cut":
+                self.out.cut_how = words[0]
+                await self.out._cut()
+            elif command == "stub:flood":
+                for _ in range(int(words[0])):
+                    await self.send(BINARY, bytes(int(words[1])))
+            elif command == "stub:raw":
+                self.out.writer.write(bytes.fromhex(words[0]))
+            elif command == "stub:deaf":
+                self.out.reader._transport.pause_reading()  # type: ignore[attr-defined]
+                await asyncio.Event().wait()
+            else:
+                await self.send(*message)
+        if not self.closing:
+            await self.send(*message)
+        return [int.from_bytes(message[1][:2], "big"), message[1][2:].decode()]
+
+    async def receive(self) -> tuple[int, bytes]:
+        """The next message, or the client's Close."""
+        reader, opcode, data = self.out.reader, 0, b""
+        while True:
+            first, second = await reader.readexactly(2)
+            size = second & 127
+            if size > 125:
+                size = int.from_bytes(await reader.readexactly(2 if size == 126 else 8), "big")
+            mask = await reader.readexactly(4)
+            payload = self.unmask(await reader.readexactly(size), mask)
+            kind = first & 15
+            if kind == CLOSE:
+                return CLOSE, payload
+            if kind == PING:
+                await self.send(PONG, payload)
+            elif kind != PONG:
+                opcode, data = kind or opcode, data + payload
+                if first & 128:
+                    return opcode, data
+
+    @staticmethod
+    def unmask(data: bytes, mask: bytes) -> bytes:
+        pad = (mask * (len(data) // 4 + 1))[: len(data)]
+        return (int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")).to_bytes(len(data), "big")
+
+    async def send(self, opcode: int, payload: bytes) -> None:
+        size = len(payload)
+        length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") if size < 65536 else b""
+        length = length or b"\x7f" + size.to_bytes(8, "big")
+        self.out.writer.write(bytes([128 | opcode]) + length + payload)
+        await self.out.writer.drain()
 
 
 def error(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:

@@ -77,17 +77,21 @@ def stub(*arguments: str, ready: bool = True) -> Iterator[int]:
 
 @contextlib.contextmanager
 def serving(app: Any, server: str = "uvicorn-httptools") -> Iterator[int]:
-    """``app`` under ``uvicorn-h11``, ``uvicorn-httptools`` or ``hypercorn`` in a thread; yields its port."""
-    name, _, parser = server.partition("-")
-    with _uvicorn(app, parser) if name == "uvicorn" else _hypercorn(app) as port:
+    """``app`` under ``uvicorn-h11``, ``uvicorn-httptools`` or ``hypercorn`` in a thread; yields its port.
+
+    ``uvicorn-PARSER-wsproto`` does not speak WebSocket by the websockets package.
+    """
+    name, *ways = server.split("-")
+    with _uvicorn(app, *ways) if name == "uvicorn" else _hypercorn(app) as port:
         yield port
 
 
 @contextlib.contextmanager
-def _uvicorn(app: Any, parser: str) -> Iterator[int]:
+def _uvicorn(app: Any, parser: str, ws: str = "websockets-sansio") -> Iterator[int]:
     config = uvicorn.Config(
         app,
         http=parser,
+        ws=ws,
         log_level="critical",
         lifespan="on",
         timeout_graceful_shutdown=5,

@@ -31,6 +31,7 @@ class Terminal(logging.StreamHandler):  # type: ignore[type-arg]
         self._held: list[str] = []
         self.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self.addFilter(_is_no_abort)
+        self.addFilter(_tells_no_secret)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Called by logging."""
@@ -87,3 +88,8 @@ def _is_no_abort(record: logging.LogRecord) -> bool:
     """Drop the traceback of an aborted answer: the access line and the model's own line tell of it."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, AnswerTruncated)
+
+
+def _tells_no_secret(record: logging.LogRecord) -> bool:
+    """Drop what uvicorn and websockets say of a handshake: its query, and its headers at DEBUG. Either may be a key."""
+    return record.levelno >= logging.WARNING or "/websockets/" not in record.pathname

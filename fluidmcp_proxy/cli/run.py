@@ -33,6 +33,8 @@ _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _OPEN = "whoever reaches it may use the models"
 # Longer than the clients' pools keep an idle connection, so that they close it and not we (the keep-alive race).
 _KEEP_ALIVE = 75
+# Seconds. A client cannot be heard while the model's server does not read what it has sent, so patience is long.
+_WS_PING_INTERVAL, _WS_PING_TIMEOUT = 20, 300
 # What the gateway needs after the drain to end the streams that it cuts.
 _CUT_GRACE = 10
 
@@ -120,6 +122,11 @@ class _Server(uvicorn.Server):
                 server_header=False,  # the model's server says both
                 date_header=False,
                 proxy_headers=False,
+                ws="websockets-sansio",
+                ws_max_size=settings.max_body_bytes,
+                ws_ping_interval=_WS_PING_INTERVAL,
+                ws_ping_timeout=_WS_PING_TIMEOUT,
+                ws_per_message_deflate=False,  # audio does not shrink, and all clients share one core
                 timeout_keep_alive=_KEEP_ALIVE,
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout) + _CUT_GRACE,
             )

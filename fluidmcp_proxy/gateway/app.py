@@ -21,11 +21,13 @@ from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
 from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Router, Unified, speaks_anthropic
 from fluidmcp_proxy.gateway.target import Target, read_target
 from fluidmcp_proxy.gateway.unified import choose_model
+from fluidmcp_proxy.gateway.websocket import HANDSHAKE_HEADERS, Handshake, WebSocketRelay, refuse
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.fleet import Fleet, open_fleet
 from fluidmcp_proxy.models.state import ModelStatus
 from fluidmcp_proxy.upstream.client import Body, Headers, Response, open_client
-from fluidmcp_proxy.upstream.headers import pick_request_id, request_headers
+from fluidmcp_proxy.upstream.endings import HandshakeRefused
+from fluidmcp_proxy.upstream.headers import pick_request_id, request_headers, response_headers
 
 if TYPE_CHECKING:
     import httpx
@@ -42,6 +44,8 @@ logger = logging.getLogger("fluidmcp_proxy.gateway")
 _NOTED = frozenset({b"content-length", b"host", b"prefer", b"transfer-encoding", b"x-request-id"})
 """Headers that the gateway itself reads."""
 _WAIT = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE).search
+# What X-Forwarded-Proto calls the schemes of WebSocket scopes.
+_HTTP_SCHEMES = {"ws": "http", "wss": "https"}
 
 
 class Gateway:
@@ -122,8 +126,8 @@ class Gateway:
         elif scope["type"] == "lifespan":
             await serve_lifespan(self.run(), receive, send)
         elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})
+            await receive()  # websocket.connect
+            await self._connect(scope, receive, send)
 
     def claims(self, scope: Scope) -> bool:
         """Whether the path of ``scope`` begins with the id of a model."""
@@ -135,9 +139,7 @@ class Gateway:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive, send)
         try:
-            target = read_target(scope)
-            check_size(request.headers)
-            check_host(request.noted, scope)
+            target = _admit(request)
             route = self._router.route(scope["method"], target)
             if isinstance(route, Forward):
                 await self._forward(route, request, self._body(request))
@@ -151,6 +153,36 @@ class Gateway:
         except GatewayError as error:
             await respond_with_error(scope, send, error, request_id=request.id, anthropic=request.anthropic)
             request.log(error.status, 0, error.code)
+
+    async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = _Request(scope, receive, send)
+        try:
+            route = self._router.route_websocket(_admit(request))
+            request.model = route.model
+            await self._converse(route, request)
+        except GatewayError as error:
+            fields = [(b"content-type", b"application/json"), *error.headers, (b"x-request-id", request.id)]
+            await refuse(scope, send, error.status, fields, error.body(anthropic=request.anthropic))
+            request.log(error.status, 0, error.code)
+        except HandshakeRefused as refusal:
+            headers = response_headers(refusal.headers, request_id=request.id)
+            fields = [pair for pair in headers if pair[0] not in HANDSHAKE_HEADERS]
+            await refuse(scope, send, refusal.status, fields, refusal.body)
+            request.log(refusal.status, len(refusal.body), "complete")
+
+    async def _converse(self, route: Forward, request: _Request) -> None:
+        lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
+        lease.owes_answer = False
+        handshake = Handshake(
+            route.target,
+            self._headers(route, request),
+            request.scope.get("subprotocols") or (),
+            request.id,
+            self.config.settings.max_body_bytes,
+        )
+        relay = WebSocketRelay(handshake, lease, request.receive, request.send)
+        await relay.run()
+        request.log(relay.status, lease.bytes_answered, relay.outcome)
 
     async def _forward_by_name(self, target: Target, request: _Request) -> None:
         catalog, body = self._running().catalog, self._body(request)
@@ -177,17 +209,22 @@ class Gateway:
         return RequestBody(request.receive, request.noted, settings.max_body_bytes, settings.body_timeout)
 
     def _outgoing(self, route: Forward, request: _Request) -> Outgoing:
+        method = request.scope["method"].encode("ascii")
+        return Outgoing(method, route.target, self._headers(route, request), request.id, request.anthropic)
+
+    def _headers(self, route: Forward, request: _Request) -> list[tuple[bytes, bytes]]:
         scope, client = request.scope, request.scope.get("client")
-        headers = request_headers(
+        scheme: str = scope.get("scheme", "http")
+        return request_headers(
             request.headers,
             host=self._hosts[route.model],
             client=client[0] if client else None,
-            scheme=scope.get("scheme", "http"),
+            scheme=_HTTP_SCHEMES.get(scheme, scheme),
+            drop=HANDSHAKE_HEADERS if scope["type"] == "websocket" else (),
             request_id=request.id,
             authorization=self._authorizations[route.model],
             http_version=scope.get("http_version", "1.1"),
         )
-        return Outgoing(scope["method"].encode("ascii"), route.target, headers, request.id, request.anthropic)
 
     async def _page(self, route: Page | ModelPage | ListedModel) -> pages.Answer:
         if route is Page.HEALTH:
@@ -232,10 +269,20 @@ class _Request:
         """One line a request: neither query nor header, since both may hold keys."""
         if access_log.isEnabledFor(logging.INFO):
             seconds = time.perf_counter() - self._began
-            line = f"{self.id.decode()} {self.scope['method']} model={self.model} status={status or '-'}"
+            line = (
+                f"{self.id.decode()} {self.scope.get('method', 'WEBSOCKET')} model={self.model} status={status or '-'}"
+            )
             line += f" bytes={sent} seconds={seconds:.3f} outcome={outcome}"
             # Not access_log.info(), which would walk the stack for the place of this line.
             access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, line, (), None))
+
+
+def _admit(request: _Request) -> Target:
+    """The target of a request that may come in; the checks are the same for WebSockets."""
+    target = read_target(request.scope)
+    check_size(request.headers)
+    check_host(request.noted, request.scope)
+    return target
 
 
 class _LeasedTransport:

@@ -153,6 +153,13 @@ class Router:
             raise ModelNotFound(f"There is no LLM model '{rest[:64]}'. {self._there_are()}")
         raise PathNotFound(f"There is nothing at this path. {self._there_are()} Their API is at /v1/… and /MODEL/v1/….")
 
+    def route_websocket(self, target: Target) -> Forward:
+        """Which model's server a WebSocket on ``target`` is for; raises as ``route`` does for a GET."""
+        route = self.route("GET", target)
+        if not isinstance(route, Forward):
+            raise PathNotFound(f"This path is for HTTP. {self._there_are()} Their WebSockets are at /MODEL/v1/…")
+        return route
+
     def _unified_route(self, rest: str, method: str) -> ListedModel | Unified:
         if rest.startswith("models/"):
             return _only_get(method, ListedModel(rest[7:]))

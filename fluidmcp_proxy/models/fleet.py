@@ -102,7 +102,7 @@ def _server(
     stalled = partial(
         until_stalled,
         address=address_of(model),
-        in_flight=partial(scheduler.in_flight, model.id),
+        in_flight=partial(scheduler.unanswered, model.id),
         progress=partial(scheduler.progress, model.id),
         stall_timeout=model.stall_timeout,
     )

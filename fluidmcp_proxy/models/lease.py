@@ -23,7 +23,8 @@ class Lease:
     transport.
 
     The holder sets ``interrupt``, which is called when the request is cut short because its model is being stopped, and
-    counts ``bytes_answered``, by which liveness sees that the server works.
+    counts ``bytes_answered``, by which liveness sees that the server works. It clears ``owes_answer`` for a
+    conversation, in which the server's silence says nothing: it may be the client's turn.
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Lease:
         "_scheduler",
         "bytes_answered",
         "interrupt",
+        "owes_answer",
         "refusal",
         "transport",
         "was_cut",
@@ -48,6 +50,7 @@ class Lease:
         self.refusal: GatewayError | None = None
         self.interrupt: Callable[[], None] | None = None
         self.was_cut = False
+        self.owes_answer = True
         self.bytes_answered = 0
 
     async def __aenter__(self) -> Transport:

@@ -187,6 +187,10 @@ class Scheduler:
         """Requests inside the model's server."""
         return len(self._desks[model].inside)
 
+    def unanswered(self, model: str) -> int:
+        """Those of them that the server owes an answer."""
+        return sum(lease.owes_answer for lease in self._desks[model].inside)
+
     def waiting(self, model: str) -> int:
         """Requests that wait for the model."""
         return len(self._desks[model].queue)

@@ -16,24 +16,24 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 import anyio
 from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidStatus, PayloadTooBig
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
-from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamInvalidResponse, UpstreamTimeout
+from fluidmcp_proxy.errors import UpstreamInvalidResponse, UpstreamTimeout
+from fluidmcp_proxy.upstream.endings import can_be_sent, ending_of, fit_reason, lost, pairs_of
 from fluidmcp_proxy.upstream.framing import encode_head
 
 if TYPE_CHECKING:
     from fluidmcp_proxy.upstream.client import Headers
 
-__all__ = ["HandshakeRefused", "WebSocket", "WebSocketClosed", "can_be_sent"]
+__all__ = ["WebSocket"]
 
 PING_AFTER = 20.0
 PATIENCE = 300.0
@@ -43,38 +43,7 @@ _HIGH_WATER = 64 * 1024
 _OVERHEAD = 64
 # How long the server may take to answer that its client has left.
 _CLOSE_TIMEOUT = 0.8
-_MAX_REASON_BYTES = 123  # of a control frame's 125 (RFC 6455 §5.5), less the code
-
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
-
-Error = TypeVar("Error", bound=Exception)
-
-
-class HandshakeRefused(Exception):
-    """The server answered the handshake with something else than 101: ``status``, ``headers``, ``body``.
-
-    The body is as it was sent; ``websockets`` reads at most 1 MiB of it, and takes more for nonsense.
-    """
-
-    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        super().__init__(f"the model's server answered the handshake with {status}")
-        self.status = status
-        self.headers = headers
-        self.body = body
-
-
-class WebSocketClosed(Exception):
-    """The server closed the connection in good form. ``code`` is 1005 if it gave none (RFC 6455 §7.1.5)."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(f"closed with {code}")
-        self.code = code
-        self.reason = reason
-
-
-def can_be_sent(code: int) -> bool:
-    """Whether a Close frame may carry ``code`` (RFC 6455 §7.4): 1005, 1006 and 1015 only describe an end without it."""
-    return (1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or 3000 <= code <= 4999
 
 
 class _Discreet(logging.LoggerAdapter[logging.Logger]):
@@ -161,7 +130,7 @@ class WebSocket(asyncio.Protocol):
         if self._response is None or self._wire.handshake_exc is not None:
             assert self._end is not None
             raise self._end
-        self.headers = _pairs(self._response)
+        self.headers = pairs_of(self._response)
         self._heard = self._loop.time()
         self._keep_alive()
 
@@ -206,7 +175,7 @@ class WebSocket(asyncio.Protocol):
             return
         self._leaving = True
         if can_be_sent(code):
-            self._wire.send_close(code, reason.encode()[:_MAX_REASON_BYTES].decode("utf-8", "ignore"))
+            self._wire.send_close(code, fit_reason(reason))
         else:
             self._wire.send_close()
         self._flush()
@@ -252,7 +221,7 @@ class WebSocket(asyncio.Protocol):
         """Called by the event loop."""
         self._wire.receive_eof()
         self._digest()
-        self._over(_lost(error))
+        self._over(lost(error))
         self._gone.set()
         self.resume_writing()
         if self._timer is not None:
@@ -278,7 +247,7 @@ class WebSocket(asyncio.Protocol):
                 self._response = event
             elif isinstance(event, Frame) and self._end is None and not self._leaving:
                 self._take(event)
-        if (end := self._ending()) is not None:
+        if (end := ending_of(self._wire, self._response)) is not None:
             self._over(end)
         elif self._messages and self._buffered > _HIGH_WATER and not self._paused and not self._leaving:
             self._paused = True
@@ -301,29 +270,9 @@ class WebSocket(asyncio.Protocol):
         except UnicodeDecodeError as error:
             self._wire.fail(1007)
             self._flush()
-            self._over(_caused(UpstreamInvalidResponse("What the model's server sent is no UTF-8."), error))
-
-    def _ending(self) -> Exception | None:
-        """Why nothing more will come, if so."""
-        wire = self._wire
-        if wire.handshake_exc is not None:
-            return self._failed_handshake(wire.handshake_exc)
-        if wire.close_rcvd is not None and wire.parser_exc is None:
-            return WebSocketClosed(wire.close_rcvd.code, wire.close_rcvd.reason)
-        if wire.parser_exc is None:
-            return None
-        if isinstance(wire.parser_exc, EOFError):
-            return _lost(wire.parser_exc)
-        what = "is too large" if isinstance(wire.parser_exc, PayloadTooBig) else "breaks the WebSocket protocol"
-        return _caused(UpstreamInvalidResponse(f"What the model's server sent {what}."), wire.parser_exc)
-
-    def _failed_handshake(self, error: Exception) -> Exception:
-        if isinstance(error, InvalidStatus) and error.response.status_code >= 200:
-            answer = error.response
-            return HandshakeRefused(answer.status_code, _pairs(answer), bytes(answer.body or b""))
-        if isinstance(error.__cause__, EOFError) and self._response is None:
-            return _lost(error)
-        return _caused(UpstreamInvalidResponse("The model's server did not answer the WebSocket handshake."), error)
+            end = UpstreamInvalidResponse("What the model's server sent is no UTF-8.")
+            end.__cause__ = error
+            self._over(end)
 
     def _over(self, end: Exception) -> None:
         if self._end is None:
@@ -374,20 +323,3 @@ class WebSocket(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _pairs(response: Response) -> list[tuple[bytes, bytes]]:
-    # Other bytes than ASCII are Latin-1 in websockets 17, surrogates before.
-    return [
-        (name.lower().encode("ascii"), value.encode("latin-1", "surrogateescape"))
-        for name, value in response.headers.raw_items()
-    ]
-
-
-def _lost(cause: Exception | None) -> UpstreamDisconnected:
-    return _caused(UpstreamDisconnected("The connection to the model's server was lost."), cause)
-
-
-def _caused(error: Error, cause: Exception | None) -> Error:
-    error.__cause__ = cause
-    return error

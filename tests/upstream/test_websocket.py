@@ -27,7 +27,8 @@ from fluidmcp_proxy.errors import (
 )
 from fluidmcp_proxy.upstream import websocket
 from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport
-from fluidmcp_proxy.upstream.websocket import HandshakeRefused, WebSocket, WebSocketClosed, can_be_sent
+from fluidmcp_proxy.upstream.endings import HandshakeRefused, WebSocketClosed, can_be_sent
+from fluidmcp_proxy.upstream.websocket import WebSocket
 
 from .scripted import HOST, Peer, Server, authority, connect, serve
 
