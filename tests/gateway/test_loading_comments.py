@@ -55,7 +55,7 @@ def test_nobody_else_gets_comments(launched: Any, body: Any, headers: Any) -> No
 
 
 def test_a_model_that_does_not_start_is_told_in_the_stream_which_breaks_off(launched: Any) -> None:
-    gateway = launched("--load-time", "1.5", "--crash", "CUDA out of memory", max_restarts=0)
+    gateway = launched("--listen-early", "--never-ready", startup_timeout=2.5, max_restarts=0)
     lines: list[str] = []
     with (
         serving(gateway) as port,
