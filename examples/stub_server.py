@@ -414,6 +414,8 @@ class Server:
             await out.respond_json({name: getattr(self, name) for name in names})
         elif path == "/v1/models":
             await out.respond_json({"object": "list", "data": [card(options, name) for name in options.names]})
+        elif path == "/v1/audio/transcriptions":
+            await self.transcribe(request, out)
         elif path in FORMS or path in ("/tokenize", "/detokenize"):
             await self.model_route(request, out)
         elif path == "/v1/realtime" and request.header("upgrade").lower() == "websocket":
@@ -440,6 +442,20 @@ class Server:
             self.weights_lost = self.weights_lost and "weights" in self.asleep
         self.awake.clear() if self.asleep else self.awake.set()
         return await out.respond_json({})
+
+    async def transcribe(self, request: Request, out: Connection) -> None:
+        from email.parser import BytesParser
+
+        head = f"Content-Type: {request.header('content-type')}\r\n\r\n".encode()
+        parts: Any = BytesParser().parsebytes(head + request.body).get_payload()
+        form: dict[Any, bytes] = {
+            part.get_param("name", header="content-disposition"): part.get_payload(decode=True) for part in parts
+        }
+        name = form.get("model", b"").decode()
+        if name not in self.options.names:
+            message = f"The model `{name}` does not exist."
+            return await out.respond_json(error(message, "NotFoundError", 404, "model"), 404)
+        return await out.respond_json({"text": f"{len(form['file'])} bytes of sound."})
 
     async def model_route(self, request: Request, out: Connection) -> None:
         if request.method != "POST":

@@ -21,6 +21,8 @@ MAX_TARGET_BYTES = 16 * 1024
 # Printable ASCII is all that a request target may have (RFC 9112 §3.2); servers differ in what else they let through.
 _PRINTABLE = re.compile(rb"[!-~]*").fullmatch
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
+_LIST = b"/v1/models/"
+_ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE).sub
 # Encoded slashes, backslashes and NULs: decoded by some servers before they route, by others after.
 _AMBIGUOUS = re.compile(rb"%(?:2f|5c|00)|\\|//", re.IGNORECASE).search
 
@@ -62,9 +64,12 @@ def _checked(raw: bytes, root_path: str) -> tuple[bytes, str]:
         raise InvalidTarget("The request target must be a path, such as /MODEL/v1/chat/completions.")
     if not _PRINTABLE(raw) or _BAD_ESCAPE(raw) or b"#" in raw:
         raise InvalidTarget("The request target has characters that are not allowed there or a broken % escape.")
+    raw = _below_mount(raw, root_path)
+    if raw.startswith(_LIST):
+        # Names have slashes, which the OpenAI clients encode; and what is asked for here is never forwarded.
+        raw = _ENCODED_SLASH(b"/", raw)
     if _AMBIGUOUS(raw):
         raise InvalidPath("The path has an encoded slash, a backslash, a NUL or an empty segment.")
-    raw = _below_mount(raw, root_path)
     decoded = unquote_to_bytes(raw)
     segments = decoded.split(b"/")
     if b"." in segments or b".." in segments:

@@ -124,6 +124,17 @@ def test_anthropic(gateway: Gateway) -> None:
             assert "Paris" in "".join(stream.text_stream)
 
 
+def test_one_endpoint(gateway: Gateway) -> None:
+    root = f"http://127.0.0.1:{gateway.port}"
+    with openai.OpenAI(base_url=f"{root}/v1", api_key="dummy") as client:
+        assert "Paris" in client.chat.completions.create(**ASKED).choices[0].message.content
+        assert "smol" in [model.id for model in client.models.list()]
+        assert client.models.retrieve("smol").model_extra["state"] == "ready"
+    with anthropic.Anthropic(base_url=root, api_key="dummy") as client:
+        answer = client.messages.create(model="smol", messages=QUESTION, max_tokens=30, extra_body={"temperature": 0})
+        assert "Paris" in answer.content[0].text
+
+
 def test_clients_leave_nothing_running(gateway: Gateway) -> None:
     assert gateway.running() == 0
     state = request(gateway.port, "GET", "/models/smol").json()

@@ -49,6 +49,13 @@ def test_good(raw: bytes, path: str) -> None:
         (b"/vllm//v1/models", "invalid_path"),
         (b"//vllm/v1/models", "invalid_path"),
         (b"/vllm/v1/models//", "invalid_path"),
+        (b"/v1/models%2fa", "invalid_path"),
+        (b"/v1/models/a%2f%2fb", "invalid_path"),
+        (b"/v1/models/%2fa", "invalid_path"),
+        (b"/v1/models/..%2fhealth", "invalid_path"),
+        (b"/v1/models/a%2F%2e%2e%2F%2e%2e%2Fm", "invalid_path"),
+        (b"/v1/models/a%5cb", "invalid_path"),
+        (b"/m/v1/models/a%2fb", "invalid_path"),
         (b"http://other/vllm/v1/models", "invalid_target"),
         (b"*", "invalid_target"),
         (b"vllm/v1/models", "invalid_target"),
@@ -67,6 +74,12 @@ def test_bad(raw: bytes, code: str) -> None:
     with pytest.raises(GatewayError) as caught:
         read_target(scope(raw))
     assert caught.value.code == code
+
+
+def test_a_name_in_the_list_may_have_its_slashes_encoded() -> None:
+    for mount in ("", "/llm"):
+        target = read_target(scope(mount.encode() + b"/v1/models/org%2fname%2Ftag%20", root_path=mount))
+        assert (target.raw, target.path) == (b"/v1/models/org/name/tag%20", "/v1/models/org/name/tag ")
 
 
 @pytest.mark.parametrize("query", [b"a b", b"a\r\nb", b"\xff", b"a#b"])

@@ -196,6 +196,7 @@ def test_the_list(client: httpx.Client) -> None:
         "id": "an/alias", "object": "model", "created": 1700000000, "owned_by": "vllm", "root": "m", "parent": None,
         "max_model_len": 2048, "model_id": "one", "state": "ready",
     }  # fmt: skip
+    assert client.get("/v1/models/an%2Falias").json() == alias
     assert client.get("/v1/models/adapter").json()["parent"] == "org/one"
     assert client.get("/v1/models/away").json()["state"] == "starting"
     head = client.head("/v1/models")
