@@ -15,6 +15,9 @@ __all__ = ["Terminal", "configure_logging"]
 TRACE = 5
 """uvicorn's level below DEBUG."""
 
+_TALKATIVE = ("/websockets/", "/message_logger.py")
+"""Parts of the paths of uvicorn's and websockets' modules that log what requests hold."""
+
 _FLUSH_EVERY = 0.2
 _MOST_HELD = 1000
 
@@ -91,5 +94,7 @@ def _is_no_abort(record: logging.LogRecord) -> bool:
 
 
 def _tells_no_secret(record: logging.LogRecord) -> bool:
-    """Drop what uvicorn and websockets say of a handshake: its query, and its headers at DEBUG. Either may be a key."""
-    return record.levelno >= logging.WARNING or "/websockets/" not in record.pathname
+    """Drop what uvicorn and websockets say of a handshake (its query, at DEBUG its headers), and uvicorn at TRACE of
+    every request (its query): any of them may be a key.
+    """
+    return record.levelno >= logging.WARNING or not any(place in record.pathname for place in _TALKATIVE)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from fluidmcp_proxy.cli.run import bind
 from fluidmcp_proxy.config.load import parse_config
@@ -148,6 +150,27 @@ def test_a_signal_while_it_loads(program: Program, config: Path, mark: Mark, num
         gateway.send(number)
         assert gateway.ended() == -number
         assert not mark.pids()
+
+
+def test_websocket(program: Program, config: Path) -> None:
+    """With a message that is larger than uvicorn's own limit, and nothing of the handshake in the log."""
+    with program(*FLUIDMCP, str(config), "--port", "0", "--log-level", "trace") as gateway:
+        url = gateway.until_said("ready at").split()[-1].replace("http://", "ws://")
+        headers = {"Authorization": "Bearer sk-secret"}
+        message = b"x" * 17_000_000
+        with connect(f"{url}/realtime?key=sk-secret", additional_headers=headers, proxy=None, max_size=None) as client:
+            client.send(message)
+            assert client.recv(timeout=DEADLINE) == message
+            assert client.response is not None
+            assert "Sec-WebSocket-Extensions" not in client.response.headers
+            gateway.send(signal.SIGTERM)
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(timeout=DEADLINE)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+        assert gateway.ended() == -signal.SIGTERM
+        assert "WEBSOCKET model=m status=101 bytes=17000000" in gateway.said
+        assert "sk-secret" not in gateway.said
 
 
 def test_killed_and_started_again_at_once(program: Program, config: Path, mark: Mark) -> None:
