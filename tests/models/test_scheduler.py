@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import Any
+
 import anyio
 import pytest
 
-from fluidmcp_proxy.errors import ModelNotFound, ModelStarting, QueueTimeout
+from fluidmcp_proxy.errors import ModelNotFound, ModelStarting, ModelStopped, QueueTimeout, ShuttingDown
+from fluidmcp_proxy.models.remote import RemoteServer
 from fluidmcp_proxy.models.scheduler import Scheduler
-from tests.models.doubles import FakeServer, model
+from tests.models.doubles import ADDRESS, FakeServer, FakeTransport, model
 
 pytestmark = pytest.mark.anyio
 
@@ -125,3 +130,87 @@ async def test_drain_cuts_what_does_not_end(scheduler: Scheduler, server: FakeSe
     assert lease.was_cut
     assert scheduler.in_flight("m") == 0
     assert lease.shutting_down().code == "shutting_down"
+
+
+class Queue:
+    """A model with one place, taken by ``first``, and clients that wait for it."""
+
+    def __init__(self, **keys: Any) -> None:
+        self.scheduler = Scheduler()
+        server = FakeServer(model(max_concurrency=1, **keys))
+        self.scheduler.admit(server)
+        server.become_ready()
+        self.first = self.scheduler.lease("m")
+        self.entered: list[str] = []
+
+    async def wait(self, name: str, patience: float | None = None) -> None:
+        async with self.scheduler.lease("m", wait=patience):
+            self.entered.append(name)
+
+    def counts(self) -> tuple[int, int]:
+        return self.scheduler.in_flight("m"), self.scheduler.waiting("m")
+
+
+async def test_a_client_that_leaves_in_the_moment_of_its_turn_hands_it_on() -> None:
+    queue = Queue()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            async with queue.first:
+                leaving = asyncio.ensure_future(queue.wait("leaving"))
+                await anyio.wait_all_tasks_blocked()
+                tasks.start_soon(queue.wait, "next")
+                await anyio.wait_all_tasks_blocked()
+                assert queue.counts() == (1, 2)
+            assert queue.counts() == (1, 1)  # it is inside and does not know it yet
+            leaving.cancel()  # as a host does; anyio would let it go on to its next wait
+    assert queue.entered == ["next"]
+    assert queue.counts() == (0, 0)
+
+
+async def test_a_turn_that_comes_in_the_moment_the_patience_ends_is_taken() -> None:
+    queue = Queue()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            async with queue.first:
+                tasks.start_soon(queue.wait, "patient", 0.05)
+                await anyio.wait_all_tasks_blocked()
+                time.sleep(0.1)  # its deadline is over, and the loop has not seen it
+            assert queue.counts() == (1, 0)
+    assert queue.entered == ["patient"]
+    assert queue.counts() == (0, 0)
+
+
+async def test_a_deadline_is_kept_by_run() -> None:
+    scheduler, server = Scheduler(), FakeServer(model(idle_timeout=0.05))
+    scheduler.admit(server)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(scheduler.run)
+            await anyio.wait_all_tasks_blocked()
+            server.become_ready()
+            async with scheduler.lease("m"):
+                await anyio.sleep(0.1)
+                assert "rest" not in server.asked
+            while "rest" not in server.asked:
+                await anyio.sleep(0.005)
+            scheduler.close()
+            scheduler.close()
+
+
+async def test_a_stop_that_is_not_ours_to_make_leaves_everything_as_it_was() -> None:
+    config = model(command=None, args=[], endpoints={"base_url": ADDRESS.url})
+    server = RemoteServer(config, ADDRESS, FakeTransport(), drain=never)
+    scheduler = Scheduler()
+    scheduler.admit(server)
+    with pytest.raises(ModelStopped, match="not run by this gateway"):
+        scheduler.stop("m")
+    async with scheduler.lease("m"):
+        assert scheduler.in_flight("m") == 1
+    server.close()
+    with pytest.raises(ShuttingDown):
+        async with scheduler.lease("m"):
+            pass
+
+
+async def never() -> None:
+    raise AssertionError
