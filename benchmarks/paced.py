@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from machine import CHAT, Machine, free_port, memory
-from peers import gateway
+from peers import gateway, nginx, nginx_version
 from row import Row, Scale
 
 STREAMS, SECONDS, TICK_US = 1000, 60, 20_000
@@ -26,22 +26,27 @@ Seen = dict[str, Any]
 
 
 def paced_streams(here: Machine, scale: Scale) -> list[Row]:
-    count, seconds = STREAMS, scale.of(SECONDS)
+    count, seconds, path = STREAMS, scale.of(SECONDS), "/m" + CHAT
     with here.upstream() as upstream:
-        direct = read_streams(here, upstream, CHAT, count, seconds)
-        with here.running(gateway()(port := free_port(), upstream, here.folder), here.proxy_core, port):
-            through = read_streams(here, port, "/m" + CHAT, count, seconds)
+        beside = {"direct": read_streams(here, upstream, CHAT, count, seconds)}
+        for name, command in {"gateway": gateway(), **({"nginx": nginx()} if nginx_version() else {})}.items():
+            with here.running(command(port := free_port(), upstream, here.folder), here.proxy_core, port):
+                beside[name] = read_streams(here, port, path, count, seconds)
+    through = beside.pop("gateway")
     what = f"{count:,} streams of an event every {TICK_US // 1000} ms"
+    others = [f"{name}: {completeness(seen)}" for name, seen in beside.items()]
+    late = [f"{name}: {lateness(seen)}" for name, seen in beside.items()]
     whole = through["complete"] == count and not through["disordered"] + through["altered"]
+    in_time = through["max_ms"] <= LATEST_MS
     return [
         Row(
             f"{what}, for {seconds} s: lost, reordered, altered",
             "none",
             completeness(through),
-            completeness(direct),
+            "; ".join(others),
             whole,
         ),
-        Row(f"{what}: latest event", "200 ms", lateness(through), lateness(direct), through["max_ms"] <= LATEST_MS),
+        Row(f"{what}: latest event", f"{LATEST_MS:.0f} ms", lateness(through), "; ".join(late), in_time),
     ]
 
 
@@ -113,8 +118,9 @@ def _read_on(clients: list[socket.socket], over: threading.Event) -> None:
 def completeness(seen: Seen) -> str:
     faults = {"lost": seen["lost"], "reordered": seen["disordered"], "altered": seen["altered"]}
     found = ", ".join(f"{number:,} {name}" for name, number in faults.items() if number) or "none"
-    cut = f", {seen['streams'] - seen['complete']} streams incomplete" if seen["complete"] < seen["streams"] else ""
-    return f"{found} of {seen['events']:,} events{cut}"
+    cut = seen["streams"] - seen["complete"] - seen["unfinished"]
+    more = {"streams wrong or cut": cut, "not over in time": seen["unfinished"]}
+    return f"{found} of {seen['events']:,} events" + "".join(f", {n} {name}" for name, n in more.items() if n)
 
 
 def lateness(seen: Seen) -> str:

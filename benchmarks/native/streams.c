@@ -4,7 +4,8 @@
 //
 // An event is late by the time from when it was due at the server to when it is read here, so both run on one machine.
 // One line of JSON: "streams", "complete" (every event there, in order, the checksum right, [DONE], a clean end),
-// "events", "lost", "disordered" (or another stream's), "altered" (checksums), "late" (streams with an event more than
+// "events", "unfinished" (GRACE seconds after their time), "lost" (skipped, or not there when the stream was over),
+// "disordered" (or another stream's), "altered" (checksums), "late" (streams with an event more than
 // LATE seconds late), "p50_ms", "p999_ms", "max_ms". Exits with 1 when a stream is not complete.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -28,7 +29,7 @@ enum { MAX_STREAMS = 8192, EVENT = 4096, INPUT = 65536, BINS = 400000, BIN_US = 
 enum part { HEAD, SIZE, DATA, AFTER_DATA, LAST, OVER };
 
 struct stream {
-    int fd, done, right;
+    int fd, done, right, closed;
     enum part part;
     long number, got, expected, chunk;  // the next event's number; events so far, and in all
     size_t length;
@@ -145,16 +146,17 @@ static double quantile(double part) {
 }
 
 static int report(int count) {
-    long complete = 0, late = 0, lost = 0;
+    long complete = 0, late = 0, lost = 0, unfinished = 0;
     for (int i = 0; i < count; i++) {
         struct stream *s = &all[i];
         complete += s->done && s->right && s->part == OVER && s->got == s->expected;
         late += s->latest > LATE;
-        lost += s->got < s->expected ? s->expected - s->got : 0;
+        lost += s->number - s->got + (s->closed ? s->expected - s->number : 0);
+        unfinished += !s->closed;
     }
-    printf("{\"streams\":%d,\"complete\":%ld,\"events\":%ld,\"lost\":%ld,\"disordered\":%ld,\"altered\":%ld,\"late\":%ld,"
+    printf("{\"streams\":%d,\"complete\":%ld,\"events\":%ld,\"unfinished\":%ld,\"lost\":%ld,\"disordered\":%ld,\"altered\":%ld,\"late\":%ld,"
            "\"p50_ms\":%.2f,\"p999_ms\":%.2f,\"max_ms\":%.2f}\n",
-           count, complete, events, lost, disordered, altered, late, quantile(0.5), quantile(0.999), latest * 1e3);
+           count, complete, events, unfinished, lost, disordered, altered, late, quantile(0.5), quantile(0.999), latest * 1e3);
     return complete != count;
 }
 
@@ -172,7 +174,7 @@ int main(int argc, char **argv) {
         int ready = epoll_wait(epoll, happened, 1024, started < count ? 1 : 100);
         for (int i = 0; i < ready; i++) {
             struct stream *s = &all[happened[i].data.u32];
-            if (!read_some(s)) close(s->fd), open--;
+            if (!read_some(s)) close(s->fd), s->closed = 1, open--;
         }
     }
     return report(count);
