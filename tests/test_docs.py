@@ -220,7 +220,7 @@ def test_messages_that_are_quoted_are_real() -> None:
         find_program("vllm", {"PATH": "/nowhere"})
     for message in (
         str(missing.value).partition(";")[0],
-        str(_port_in_use(address_of(model))).partition(";")[0],
+        str(_port_in_use(model, address_of(model))).partition(";")[0],
         str(AlreadyOwned("x", 4242, alive=True)).partition(" (")[0],
         f"not ready within startup_timeout ({model.startup_timeout:g} s)",
     ):

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import click
 
 from fluidmcp_proxy.config import GatewayConfig, ModelConfig, child_environment, configured_path, load_config
+from fluidmcp_proxy.config.endpoint import Endpoint
 from fluidmcp_proxy.config.faults import printable
+from fluidmcp_proxy.config.replicas import gets_a_socket
 from fluidmcp_proxy.errors import ConfigError
 
 from .faults import BadConfiguration
@@ -56,10 +58,14 @@ def report(config: GatewayConfig) -> Iterator[str]:
 
 
 def upstream(model: ModelConfig) -> str:
-    """The address at which the gateway reaches the model's server."""
-    end = model.endpoint
-    if end is None:
-        return "a Unix socket of the gateway's"
+    """The address at which the gateway reaches the model's server, or those of its replicas."""
+    if model.endpoints:
+        return ", ".join(map(_address, model.endpoints))
+    kind = "Unix socket" if gets_a_socket(model) else "port"
+    return f"a {kind} of the gateway's choice" if model.replicas == 1 else f"{model.replicas} {kind}s of its choice"
+
+
+def _address(end: Endpoint) -> str:
     if end.uds is not None:
         return f"unix:{end.uds}"
     host = f"[{end.host}]" if ":" in end.host else end.host

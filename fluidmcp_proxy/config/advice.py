@@ -9,17 +9,20 @@ from .arguments import read_arguments
 from .endpoint import LOOPBACK, canonical_host
 from .faults import json_path
 from .models import ModelConfig
+from .replicas import gets_a_socket, replica_ids
 from .secrets import secret_arguments
 
 _DEV_MODE = "VLLM_SERVER_DEV_MODE"
 _LAUNCH_ONLY = (
     "start", "idle_timeout", "group", "sleep", "startup_timeout", "stop_timeout", "restart_policy", "max_restarts",
-    "restart_delay", "liveness", "stall_timeout", "verify_listener"
+    "restart_delay", "liveness", "stall_timeout", "verify_listener", "gpus"
 )  # fmt: skip
 
 
 def warnings_for(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
     """The warnings of one model, in the order of its keys."""
+    if model.affinity is not None and not any(replica_ids(model)):
+        yield f"{json_path('llmModels', model.id, 'affinity')}: has no effect without replicas"
     if model.command is None:
         yield from _unused(model)
         return
@@ -27,7 +30,7 @@ def warnings_for(model: ModelConfig, environ: Mapping[str, str]) -> Iterator[str
         where = json_path("llmModels", model.id, "args", index)
         yield f"{where}: a secret in args is visible to every user of this machine; put it into env as ${{NAME}}"
     host = read_arguments(model.command, model.args).host
-    if model.endpoint is None or model.endpoint.uds is not None:
+    if gets_a_socket(model) or (model.endpoint is not None and model.endpoint.uds is not None):
         host = None  # on a Unix socket no port is opened
     if host is not None and host.value in ("0.0.0.0", "::", "[::]"):  # noqa: S104 - compared, not bound
         where = json_path("llmModels", model.id, "args", host.index)

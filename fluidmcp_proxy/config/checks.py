@@ -13,6 +13,7 @@ from .arguments import read_arguments
 from .endpoint import LOOPBACK, Endpoint, canonical_host
 from .faults import json_path, shown
 from .models import RESERVED_IDS, ModelConfig, Start
+from .replicas import replica_ids
 from .settings import Settings
 
 
@@ -21,6 +22,7 @@ def check_upstreams(models: Mapping[str, ModelConfig], settings: Settings) -> No
     for model in models.values():
         _refuse_gateway(model, settings)
     _refuse_duplicates(models.values())
+    _refuse_names_of_replicas(models)
 
 
 def check_groups(models: Mapping[str, ModelConfig]) -> None:
@@ -49,7 +51,7 @@ def check_aliases(models: Mapping[str, ModelConfig]) -> None:
 
 
 def _refuse_gateway(model: ModelConfig, settings: Settings) -> None:
-    if model.endpoint is None or model.endpoint.address != (canonical_host(settings.host), settings.port):
+    if (canonical_host(settings.host), settings.port) not in [endpoint.address for endpoint in model.endpoints]:
         return
     problem = f"port {settings.port} is the gateway's own"
     remedy = "give the server another port (and its --port), or set the gateway's port"
@@ -59,14 +61,11 @@ def _refuse_gateway(model: ModelConfig, settings: Settings) -> None:
 def _refuse_duplicates(models: Iterable[ModelConfig]) -> None:
     first: dict[tuple[str, int], ModelConfig] = {}
     for model in models:
-        if model.endpoint is None:
-            continue
-        other = first.setdefault(model.endpoint.address, model)
-        if other is model:
-            continue
-        if model.command is None and other.command is None:
-            continue
-        raise _duplicate(model, other, model.endpoint)
+        for endpoint in model.endpoints:
+            other = first.setdefault(endpoint.address, model)
+            if other is model or (model.command is None and other.command is None):
+                continue
+            raise _duplicate(model, other, endpoint)
 
 
 def _duplicate(model: ModelConfig, other: ModelConfig, endpoint: Endpoint) -> ConfigError:
@@ -79,6 +78,14 @@ def _duplicate(model: ModelConfig, other: ModelConfig, endpoint: Endpoint) -> Co
         where = json_path("llmModels", model.id, "args", option.index)
     problem = f"{shown(other.id)} has the same address ({place})"
     return ConfigError("duplicate_upstream", problem, path=where, remedy=remedy)
+
+
+def _refuse_names_of_replicas(models: Mapping[str, ModelConfig]) -> None:
+    for model in models.values():
+        for name in replica_ids(model):
+            if name in models:
+                problem, remedy = f"a replica of {shown(model.id)} has this name", "use another id"
+                raise ConfigError("invalid_model_id", problem, path=json_path("llmModels", name), remedy=remedy)
 
 
 def _where(model: ModelConfig) -> str:

@@ -16,7 +16,8 @@ from .arguments import Option, ServerArguments, find_option, glued_value, misspe
 from .endpoint import LONGEST_SOCKET, Endpoint, local_endpoint, parse_base_url, unix_endpoint
 from .expansion import expand
 from .faults import from_validation, json_path, kind
-from .models import EndpointsEntry, Environment, ModelConfig, ModelEntry, ModelOptions, Start
+from .models import EndpointEntry, EndpointsEntry, Environment, ModelConfig, ModelEntry, ModelOptions, Start
+from .replicas import check_list, check_replicas
 from .secrets import secret_arguments, secrets_of_environment, secrets_of_expansion, worth_redacting
 
 _KNOWN = {(): list(ModelEntry.model_fields), ("endpoints",): list(EndpointsEntry.model_fields)}
@@ -40,6 +41,7 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
     env, secrets = _expand_env(written, environ, path)
     key = _expand_key(written, environ, path)
     arguments = read_arguments(written.command or "", written.args)
+    check_replicas(written, arguments, path)
     stated = [*([key] if key else []), *(text for _, text in secret_arguments(written.args))]
     names = arguments.served_model_names or ((arguments.model,) if arguments.model else ())
     return ModelConfig(
@@ -47,7 +49,7 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
         id=model_id,
         env=env,
         start=written.start or (Start.ON_DEMAND if written.group and written.command else Start.EAGER),
-        endpoint=_endpoint(written, arguments, path),
+        endpoints=_endpoints(written, arguments, path),
         readiness_path=written.readiness_path or ("/v1/models" if written.command is None else "/health"),
         api_key=None if key is None else SecretStr(key),
         served_names=names if written.command is not None else (),
@@ -57,12 +59,6 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
 
 def _refuse_null(entry: Mapping[str, Any], path: tuple[str, ...]) -> None:
     endpoints = entry.get("endpoints")
-    if isinstance(endpoints, list):
-        problem = "a list of endpoints is not supported"
-        where = json_path(*path, "endpoints")
-        raise ConfigError(
-            "invalid_base_url", problem, path=where, remedy='write {"base_url": "http://localhost:8001/v1"}'
-        )
     if isinstance(endpoints, Mapping) and endpoints.get("base_url", "") is None:
         where = json_path(*path, "endpoints", "base_url")
         raise ConfigError(
@@ -131,11 +127,35 @@ def _expand_key(written: ModelEntry, environ: Mapping[str, str], path: tuple[str
     return key
 
 
-def _endpoint(written: ModelEntry, arguments: ServerArguments, path: tuple[str, ...]) -> Endpoint | None:
-    """Where the server listens; None: on a Unix socket that the gateway chooses."""
+def _endpoints(written: ModelEntry, arguments: ServerArguments, path: tuple[str, ...]) -> tuple[Endpoint, ...]:
+    """Where the server or its replicas listen; none: where the gateway chooses."""
+    if isinstance(written.endpoints, tuple):
+        return _listed(written, written.endpoints, path)
+    if written.replicas > 1:
+        host = arguments.host.value if arguments.host else None
+        _derived(host, 1, json_path(*path, "endpoints", "base_url"), launched=True)  # the port is chosen at each launch
+        return ()
+    endpoint = _endpoint(written, written.endpoints.base_url, arguments, path)
+    return () if endpoint is None else (endpoint,)
+
+
+def _listed(written: ModelEntry, entries: tuple[EndpointEntry, ...], path: tuple[str, ...]) -> tuple[Endpoint, ...]:
+    if written.command is not None:
+        problem, remedy = "a list beside a command", "write replicas: the gateway chooses their addresses"
+        raise ConfigError("invalid_base_url", problem, path=json_path(*path, "endpoints"), remedy=remedy)
+    endpoints = tuple(
+        _parsed(entry.base_url, json_path(*path, "endpoints", index, "base_url")) for index, entry in enumerate(entries)
+    )
+    check_list(endpoints, path)
+    return endpoints
+
+
+def _endpoint(
+    written: ModelEntry, url: str | None, arguments: ServerArguments, path: tuple[str, ...]
+) -> Endpoint | None:
+    """Where the one server listens; None: on a Unix socket that the gateway chooses."""
     where = json_path(*path, "endpoints", "base_url")
     launched = written.command is not None
-    url = written.endpoints.base_url
     if launched and arguments.uds is not None:
         if url is None:
             return unix_endpoint(_socket(arguments.uds, path))
@@ -148,15 +168,19 @@ def _endpoint(written: ModelEntry, arguments: ServerArguments, path: tuple[str, 
         if launched and arguments.takes_a_socket and written.verify_listener:
             return None
         return _derived(arguments.host.value if arguments.host else None, port, where, launched=launched)
-    try:
-        endpoint = parse_base_url(url)
-    except ConfigError as error:
-        raise ConfigError(error.code, error.problem, remedy=error.remedy, path=where) from None
+    endpoint = _parsed(url, where)
     if launched and written.verify_listener and port is not None and endpoint.port != port:
         says = f"says port {port}" if arguments.port is not None else f"has no --port, so vLLM listens on {port}"
         remedy = "write one port in both places (where a launcher such as docker maps it: verify_listener false)"
         raise ConfigError("port_mismatch", f"the port is {endpoint.port}, but args {says}", path=where, remedy=remedy)
     return endpoint
+
+
+def _parsed(url: str, where: str) -> Endpoint:
+    try:
+        return parse_base_url(url)
+    except ConfigError as error:
+        raise ConfigError(error.code, error.problem, remedy=error.remedy, path=where) from None
 
 
 def _derived(host: str | None, port: int | None, where: str, *, launched: bool) -> Endpoint:

@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 
 from fluidmcp_proxy.errors import ConfigError
 
+OBJECT, LIST = "[object]", "[list]"
+"""Tags of pydantic unions by shape; they are no part of a path."""
 _BARE_KEY = re.compile(r"[A-Za-z0-9_$-]+")
 _MODEL_CODES = {
     "command": "invalid_command",
@@ -47,6 +49,8 @@ _WANTED = {
 }
 _PROBLEMS = {
     "string_too_short": "is empty",
+    "too_short": "is empty",
+    "missing": "is missing",
     "string_pattern_mismatch": "has characters that do not belong there",
     "int_parsing": "must be a whole number",
     "float_parsing": "must be a number",
@@ -73,9 +77,11 @@ _REMEDIES = {
     "greater_than_equal": "write a larger number",
     "less_than_equal": "write a smaller number",
     "string_too_short": "write it, or leave the key out",
+    "too_short": "write an entry, or leave the key out",
 }
 _REMEDIES_BY_KEY = {
     "readiness_path": "write an absolute path such as /health",
+    "base_url": "write it like http://localhost:8001/v1",
     "host": "write a name or an address such as 127.0.0.1",
 }
 
@@ -137,10 +143,12 @@ def from_validation(
     ``known`` has the known keys of each object that may have unknown ones, by its place below ``parents``. The
     pydantic error itself is not chained by callers: it carries the values.
     """
-    first = error.errors(include_url=False)[0]
-    loc = tuple(part for part in first["loc"] if part != "[key]")
+    first, *others = error.errors(include_url=False)
+    if first["type"] == "missing":  # perhaps only misspelt
+        first = next((other for other in others if other["type"] == "extra_forbidden"), first)
+    loc = tuple(part for part in first["loc"] if part not in ("[key]", OBJECT, LIST))
     if first["type"] == "extra_forbidden":
-        names = known.get(tuple(str(part) for part in loc[:-1]), ())
+        names = known.get(tuple(part for part in loc[:-1] if isinstance(part, str)), ())
         return unknown_key(loc[-1], names, *parents, *loc[:-1])
     code = _MODEL_CODES.get(str(loc[0]) if loc else "", "invalid_value")
     return ConfigError(code, _problem(first), path=json_path(*parents, *loc), remedy=_remedy(first))
@@ -168,7 +176,7 @@ def _remedy(first: Any) -> str:
         return nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
     if "remedy" in first.get("ctx", {}):
         return str(first["ctx"]["remedy"])
-    if fault in ("string_pattern_mismatch", "string_too_short") and key in _REMEDIES_BY_KEY:
+    if fault in ("string_pattern_mismatch", "string_too_short", "missing") and key in _REMEDIES_BY_KEY:
         return _REMEDIES_BY_KEY[key]
     return _REMEDIES.get(fault, "")
 

@@ -20,13 +20,15 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     InstanceOf,
     SecretStr,
+    Tag,
 )
 
 from .endpoint import Endpoint
-from .faults import refusal
+from .faults import LIST, OBJECT, refusal
 from .secrets import mask_arguments
 from .settings import Settings
 
@@ -35,6 +37,7 @@ RESERVED_IDS = ("v1", "health", "ready", "metrics", "models", "static", "docs")
 _SERVER_PATH = r"^/[!-~]*$"
 # What can be written in a path, too, for GET /v1/models/NAME: organisations, tags and revisions included.
 _ALIAS = re.compile(r"(?=.{1,256}\Z)[A-Za-z0-9][A-Za-z0-9._:@+-]*(?:/[A-Za-z0-9][A-Za-z0-9._:@+-]*)*")
+_AFFINITY = re.compile(r"^(prefix|header:[A-Za-z0-9-]{1,64})$")
 _EXTRA_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()+,;=:@-]*)+\*?")
 
 
@@ -113,6 +116,16 @@ def _alias(name: str) -> str:
     if not _ALIAS.fullmatch(name):
         raise refusal("cannot be a model's name", "use 1 to 256 of A-Z a-z 0-9 . _ : @ + - in parts divided by /")
     return name
+
+
+def _affinity(text: str) -> str:
+    if not _AFFINITY.fullmatch(text):
+        raise refusal("is no affinity", 'write "prefix", or "header:" and the name of a request header')
+    return text
+
+
+def _shape_of_endpoints(written: object) -> str:
+    return LIST if isinstance(written, (list, tuple)) else OBJECT
 
 
 _Argument = Annotated[str, AfterValidator(_passable)]
@@ -217,6 +230,24 @@ class ModelOptions(_Frozen):
     stream_idle_timeout: _PositiveSeconds | None = Field(
         None, description="Seconds of silence inside an answer; none: no limit."
     )
+    replicas: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description=(
+            "Copies of the server, each started with the --uds PATH (vLLM) or --port PORT (others) that the gateway "
+            "chooses."
+        ),
+    )
+    gpus: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = Field(
+        (), description="Devices dealt out evenly among the replicas, as CUDA_VISIBLE_DEVICES."
+    )
+    affinity: Annotated[str, AfterValidator(_affinity)] | None = Field(
+        None,
+        description=(
+            'Which of several replicas gets a request: "header:NAME": for one value of this header the same; "prefix": '
+            "the one that has seen the longest part of the prompt. None: the one with the fewest requests inside."
+        ),
+        json_schema_extra={"pattern": _AFFINITY.pattern},
+    )
     extra_paths: Annotated[tuple[Annotated[str, AfterValidator(_extra_path)], ...], Field(strict=False)] = Field(
         (),
         description=(
@@ -237,6 +268,14 @@ class EndpointsEntry(_Frozen):
     )
 
 
+class EndpointEntry(_Frozen):
+    """One of several replicas that someone else runs."""
+
+    base_url: Annotated[str, Field(min_length=1)] = Field(
+        description="http or https address of the server, with or without /v1."
+    )
+
+
 class ModelEntry(ModelOptions):
     """One entry of llmModels, as written."""
 
@@ -254,7 +293,14 @@ class ModelEntry(ModelOptions):
             " most one model of a group is eager."
         ),
     )
-    endpoints: EndpointsEntry = Field(EndpointsEntry(), description="The address of the model's server.")
+    endpoints: Annotated[
+        Annotated[EndpointsEntry, Tag(OBJECT)]
+        | Annotated[tuple[EndpointEntry, ...], Field(strict=False, min_length=1), Tag(LIST)],
+        Discriminator(_shape_of_endpoints),
+    ] = Field(
+        EndpointsEntry(),
+        description="The address of the model's server; a list without command: replicas run by someone else.",
+    )
     readiness_path: _ServerPath | None = Field(
         None,
         description=(
@@ -278,8 +324,12 @@ class ModelConfig(ModelOptions):
         default_factory=Environment, exclude=True, description="Variables for the program, expanded."
     )
     start: Start = Field(Start.EAGER, description="When the server is started.")
-    endpoint: Endpoint | None = Field(
-        None, description="Where the server listens; None: on a Unix socket that the gateway chooses at each launch."
+    endpoints: Annotated[tuple[Endpoint, ...], Field(strict=False)] = Field(
+        (),
+        description=(
+            "Where the server listens; several: replicas that someone else runs; none: where the gateway chooses at "
+            "each launch."
+        ),
     )
     readiness_path: str = Field("/health", description="Path polled on the server's root.")
     api_key: SecretStr | None = Field(None, description="Key that the gateway sends to the server.")
@@ -287,6 +337,11 @@ class ModelConfig(ModelOptions):
         (), description="Names under which the server serves the model, as far as its arguments say."
     )
     secrets: frozenset[str] = Field(default=frozenset(), repr=False, exclude=True, description="Strings to redact.")
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """The first of ``endpoints``."""
+        return self.endpoints[0] if self.endpoints else None
 
     @property
     def masked_args(self) -> tuple[str, ...]:
@@ -323,7 +378,7 @@ class GatewayConfig(_Frozen):
         if self.source is not None:
             return os.path.realpath(self.source)
         facts = [
-            (model.id, model.command, model.args, model.endpoint and model.endpoint.base_url)
+            (model.id, model.command, model.args, [endpoint.base_url for endpoint in model.endpoints])
             for model in self.models.values()
         ]
         return "models:" + hashlib.sha256(json.dumps(facts).encode("utf-8", "replace")).hexdigest()

@@ -12,12 +12,14 @@ from .settings import GatewaySection
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-# Without a command someone else runs the server: its address must be written, and there is nothing to give args to.
+# Without a command someone else runs the server: its address must be written, and there is nothing to give args to or
+# to copy. With one there is one address at most.
 _WITHOUT_COMMAND = {
     "if": {"properties": {"command": {"type": "string"}}, "required": ["command"]},
+    "then": {"properties": {"endpoints": {"type": "object"}}},
     "else": {
         "required": ["endpoints"],
-        "properties": {"endpoints": {"required": ["base_url"]}, "args": {"maxItems": 0}},
+        "properties": {"endpoints": {"required": ["base_url"]}, "args": {"maxItems": 0}, "replicas": {"maximum": 1}},
     },
 }
 
@@ -30,7 +32,9 @@ def json_schema() -> dict[str, Any]:
     base_url = definitions["EndpointsEntry"]["properties"]["base_url"]
     # None stands for "not written"; null itself is refused.
     del base_url["anyOf"], base_url["default"], model["properties"]["endpoints"]["default"]
-    base_url |= {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"}
+    url = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"}
+    base_url |= url
+    definitions["EndpointEntry"]["properties"]["base_url"] |= url
     return {
         "$schema": DIALECT,
         "title": "FluidMCP configuration",

@@ -6,23 +6,28 @@ so that one model never disturbs another.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import anyio
 
 from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig, Start
-from fluidmcp_proxy.config.settings import child_environment, server_keep_alive
+from fluidmcp_proxy.config.replicas import replicas_of
+from fluidmcp_proxy.config.settings import Settings, child_environment, server_keep_alive
 from fluidmcp_proxy.errors import ungrouped
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.catalog import Catalog
 from fluidmcp_proxy.models.desk import shares_a_slot
 from fluidmcp_proxy.models.launcher import ProcessLauncher
 from fluidmcp_proxy.models.liveness import until_stalled
+from fluidmcp_proxy.models.pool import Pool, Replica
 from fluidmcp_proxy.models.remote import RemoteServer
+from fluidmcp_proxy.models.replicas import ReplicaSet
 from fluidmcp_proxy.models.scheduler import Scheduler
+from fluidmcp_proxy.models.server import Server
 from fluidmcp_proxy.models.sleep import SleepMode
 from fluidmcp_proxy.models.supervisor import Supervisor
 from fluidmcp_proxy.process.gpu import GpuMemory, find_reader
@@ -39,7 +44,7 @@ _IDLE_LIMIT = 60.0
 class Fleet:
     """The running models: ``servers`` by id, the ``scheduler`` that gives leases on them, the ``catalog`` of names."""
 
-    def __init__(self, servers: Mapping[str, Supervisor | RemoteServer], scheduler: Scheduler) -> None:
+    def __init__(self, servers: Mapping[str, Server], scheduler: Scheduler) -> None:
         self.servers = MappingProxyType(dict(servers))
         self.scheduler = scheduler
         self.catalog = Catalog(self.servers)
@@ -64,7 +69,7 @@ async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
         owner = await _take_ownership(config, stack)
         scheduler = Scheduler()
-        servers = {name: _server(model, config, scheduler, owner) for name, model in config.models.items()}
+        servers = {name: _server(model, config.settings, scheduler, owner) for name, model in config.models.items()}
         for server in servers.values():
             scheduler.admit(server)
         fleet = Fleet(servers, scheduler)
@@ -91,30 +96,71 @@ async def _take_ownership(config: GatewayConfig, stack: AsyncExitStack) -> Owner
     return await stack.enter_async_context(own(config.identity, config.settings.runtime_dir, patience))
 
 
-def _server(
-    model: ModelConfig, config: GatewayConfig, scheduler: Scheduler, owner: Ownership | None
-) -> Supervisor | RemoteServer:
-    connect = partial(_connect, model)
-    drain = partial(scheduler.drain, model.id, config.settings.drain_timeout)
+def _server(model: ModelConfig, settings: Settings, scheduler: Scheduler, owner: Ownership | None) -> Server:
+    copies = replicas_of(model)
+    if len(copies) > 1:
+        return _replica_set(model, copies, settings, owner)
+    watch = _Watch(
+        connect=partial(_connect, model),
+        drain=partial(scheduler.drain, model.id, settings.drain_timeout),
+        unanswered=partial(scheduler.unanswered, model.id),
+        progress=partial(scheduler.progress, model.id),
+    )
+    return _one(copies[0], watch, settings, owner)
+
+
+def _replica_set(
+    model: ModelConfig, copies: Sequence[ModelConfig], settings: Settings, owner: Ownership | None
+) -> ReplicaSet:
+    replicas = [Replica(address_of(copy)) for copy in copies]
+    pool = Pool(model, replicas)
+    for copy, replica in zip(copies, replicas, strict=True):
+        replica.server = _one(copy, _watch_replica(copy, replica, pool, settings.drain_timeout), settings, owner)
+    return ReplicaSet(model, replicas, pool)
+
+
+def _watch_replica(model: ModelConfig, replica: Replica, pool: Pool, drain_timeout: float) -> _Watch:
+    def connect(address: Address) -> Transport:
+        pool.begin(replica, address)
+        return _connect(model, address)
+
+    return _Watch(
+        connect=connect,
+        drain=partial(replica.drain, drain_timeout),
+        unanswered=lambda: replica.unanswered,
+        progress=lambda: replica.progress,
+    )
+
+
+class _Watch(NamedTuple):
+    """How a server is connected to, and what is known of the requests inside it."""
+
+    connect: Callable[[Address], Transport]
+    drain: Callable[[], Awaitable[None]]
+    unanswered: Callable[[], int]
+    progress: Callable[[], int]
+
+
+def _one(model: ModelConfig, watch: _Watch, settings: Settings, owner: Ownership | None) -> Supervisor | RemoteServer:
     if model.command is None:
-        return RemoteServer(model, address_of(model), connect(address_of(model)), drain=drain)
-    output = Output(config.settings.log_dir / f"{model.id}.log", secrets=model.secrets)
+        return RemoteServer(model, address_of(model), watch.connect(address_of(model)), drain=watch.drain)
+    output = Output(settings.log_dir / f"{model.id}.log", secrets=model.secrets)
     stalled = partial(
         until_stalled,
         address=address_of(model),
-        in_flight=partial(scheduler.unanswered, model.id),
-        progress=partial(scheduler.progress, model.id),
+        in_flight=watch.unanswered,
+        progress=watch.progress,
         stall_timeout=model.stall_timeout,
     )
     memory = None
     if shares_a_slot(model) and (reader := find_reader()) is not None:
         memory = GpuMemory(reader, child_environment(model).get("CUDA_VISIBLE_DEVICES"))
-    launcher = ProcessLauncher(model, output, owner, config.settings.runtime_dir)
+    launcher = ProcessLauncher(model, output, owner, settings.runtime_dir)
     return Supervisor(
         model,
         launcher,
-        connect=connect,
-        drain=drain,
+        connect=watch.connect,
+        drain=watch.drain,
         until_stalled=stalled if model.liveness else None,
         sleep=None if model.sleep is None else SleepMode(address_of(model), model.sleep),
         memory=memory,

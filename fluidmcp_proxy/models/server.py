@@ -49,3 +49,9 @@ class Server(Protocol):
 
     def request_restart(self) -> None:
         """Have it stopped and started anew."""
+
+    def close(self) -> None:
+        """Have it stopped for good."""
+
+    async def run(self) -> None:
+        """Its loop; returns after ``close()``, when it is stopped."""

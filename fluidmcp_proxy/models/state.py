@@ -5,10 +5,10 @@ Only a supervisor makes one; nobody decides from a snapshot, since it is old as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum, StrEnum, auto
 
-__all__ = ["ModelState", "ModelStatus", "Phase"]
+__all__ = ["ModelState", "ModelStatus", "Phase", "ReplicaStatus"]
 
 
 class ModelState(StrEnum):
@@ -68,7 +68,8 @@ class ModelStatus:
     its server ended last, ``reason`` is a word for a program (``port_in_use``, ``exited``, ``startup_timeout`` …) and
     ``message`` a sentence for a person, both of the last failure; while it loads,
     ``progress`` is what the server said last, ``stage`` what it does (``models.progress.Stage``) and ``percent`` how
-    much of that is done, where it says so.
+    much of that is done, where it says so; ``replicas`` has each server of a model with several, and the rest is then
+    about the best of them.
     """
 
     id: str
@@ -84,3 +85,17 @@ class ModelStatus:
     progress: str | None = None
     stage: str | None = None
     percent: int | None = None
+    replicas: tuple[ReplicaStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus(ModelStatus):
+    """What is known of one of several servers of a model, with the requests inside it."""
+
+    in_flight: int
+
+    @classmethod
+    def of(cls, status: ModelStatus, in_flight: int) -> ReplicaStatus:
+        """``status`` with the count."""
+        values = {field.name: getattr(status, field.name) for field in fields(status)}
+        return cls(**values, in_flight=in_flight)

@@ -268,7 +268,7 @@ class Supervisor:
             with anyio.move_on_after(limit):
                 return await until_ready(child.listening, self._connect, self.config.readiness_path)
         except CannotStart as exc:
-            lose(Failure(exc.reason, str(exc), final=True))
+            lose(Failure(exc.reason, str(exc), final=exc.final))
         else:
             lose(Failure("startup_timeout", f"not ready within startup_timeout ({limit:g} s)"))
         return None

@@ -16,7 +16,16 @@ from pathlib import Path
 
 import anyio.to_thread
 
-__all__ = ["Listener", "can_verify", "listeners", "owned_inodes", "port_is_free", "resolve", "verified_address"]
+__all__ = [
+    "Listener",
+    "can_verify",
+    "free_port",
+    "listeners",
+    "owned_inodes",
+    "port_is_free",
+    "resolve",
+    "verified_address",
+]
 
 _LISTEN = "0A"  # TCP_LISTEN, include/net/tcp_states.h
 
@@ -49,6 +58,15 @@ async def port_is_free(host: str, port: int) -> bool:
     if not can_verify():
         return all(_can_bind(address, port) for address in addresses)
     return not any(_reaches(listener.host, addresses) for listener in listeners(port))
+
+
+def free_port(host: str) -> int:
+    """A port that nobody has on ``host`` at this moment. Who is told it may still come second."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def listeners(port: int) -> Iterator[Listener]:

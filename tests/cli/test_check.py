@@ -51,6 +51,20 @@ def test_it_shows_each_model_and_its_address(run: Callable[..., Any], tmp_path: 
     ]
 
 
+@pytest.mark.parametrize(
+    ("entry", "shown"),
+    [
+        ({"command": "vllm", "args": ["serve", "m"]}, "a Unix socket of the gateway's choice"),
+        ({"command": "vllm", "args": ["serve", "m", "--uds", "/s"]}, "unix:/s"),
+        ({"command": "vllm", "args": ["serve", "m"], "replicas": 2}, "2 Unix sockets of its choice"),
+        ({"command": "llama-server", "replicas": 3}, "3 ports of its choice"),
+        ({"endpoints": [{"base_url": "http://a"}, {"base_url": "http://b"}]}, "http://a:80/v1, http://b:80/v1"),
+    ],
+)
+def test_addresses(run: Callable[..., Any], entry: dict[str, Any], shown: str) -> None:
+    assert f"m: http://127.0.0.1:8099/m/v1 -> {shown}\n" in run({"llmModels": {"m": entry}}).stdout
+
+
 def test_warnings_do_not_fail_it_and_show_no_secret(run: Callable[..., Any], tmp_path: Path) -> None:
     args = ["serve", "m", "--host", "0.0.0.0", "--api-key", SECRET]
     entry = {"command": str(program(tmp_path)), "args": ["vllm", *args, "--port", "8001"], "env": {"A_KEY": "${K}"}}

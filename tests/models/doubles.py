@@ -134,13 +134,15 @@ class FakeServer:
         self.transport: Transport | None = None
         self.asked: list[str] = []
         self.failed = False
+        self.spawns = 0
+        self.closed = anyio.Event()
         self._tell: Callable[[], None] = lambda: None
 
     @property
     def status(self) -> ModelStatus:
         state = {Phase.READY: ModelState.READY, Phase.RESTING: ModelState.STOPPED, Phase.GOING: ModelState.STOPPING}
         state_now = ModelState.FAILED if self.failed else state.get(self.phase, ModelState.STARTING)
-        return ModelStatus(id=self.config.id, state=state_now, since=0.0, progress="shard 1 of 2")
+        return ModelStatus(id=self.config.id, state=state_now, since=0.0, spawns=self.spawns, progress="shard 1 of 2")
 
     def refusal(self) -> GatewayError | None:
         return ModelFailed("it has failed") if self.failed else None
@@ -154,6 +156,7 @@ class FakeServer:
         self._tell()
 
     def become_ready(self) -> None:
+        self.spawns += 1
         self.become(Phase.READY)
 
     def fail(self) -> None:
@@ -178,6 +181,13 @@ class FakeServer:
     def request_restart(self) -> None:
         self.asked.append("restart")
         self.become(Phase.COMING)
+
+    def close(self) -> None:
+        self.closed.set()
+        self.become(Phase.RESTING)
+
+    async def run(self) -> None:
+        await self.closed.wait()
 
 
 class Rig:
