@@ -172,9 +172,9 @@ async def test_a_turn_that_comes_in_the_moment_the_patience_ends_is_taken() -> N
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             async with queue.first:
-                tasks.start_soon(queue.wait, "patient", 0.05)
+                tasks.start_soon(queue.wait, "patient", 1.0)
                 await anyio.wait_all_tasks_blocked()
-                time.sleep(0.1)  # its deadline is over, and the loop has not seen it
+                time.sleep(1.1)  # its deadline is over, and the loop has not seen it
             assert queue.counts() == (1, 0)
     assert queue.entered == ["patient"]
     assert queue.counts() == (0, 0)

@@ -49,8 +49,9 @@ async def test_it_is_waited_for_until_it_is_back() -> None:
 @pytest.mark.parametrize(("left", "asleep", "back"), [(0.4, False, True), (3, False, False), (3, True, True)])
 async def test_what_may_stay(left: float, asleep: bool, back: bool) -> None:
     gpus = Gpus(a=10)
-    memory = GpuMemory(gpus, patience=0.05 if not back else 20)
+    memory = GpuMemory(gpus, patience=20)
     await memory.note()
+    memory._patience = 20 if back else 0.05
     gpus.used[A] += left
     assert await memory.until_back(asleep=asleep) is back
 
@@ -62,9 +63,10 @@ async def test_only_its_own_gpus_count(visible: str) -> None:
     await memory.note()
     gpus.used[B] = 80  # somebody else's
     assert await memory.until_back()
-    impatient = GpuMemory(gpus, "1", patience=0.05)
+    impatient = GpuMemory(gpus, "1", patience=20)
     gpus.used[B] = 0
     await impatient.note()
+    impatient._patience = 0.05
     gpus.used[B] = 80
     assert not await impatient.until_back()
 
