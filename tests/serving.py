@@ -18,6 +18,8 @@ import hypercorn.asyncio
 import hypercorn.config
 import uvicorn
 
+from fluidmcp_proxy.cli.protocol import GatewayProtocol
+
 STUB = Path(__file__).parent.parent / "examples" / "stub_server.py"
 DEADLINE = 20.0
 """Seconds after which waiting for anything fails a test."""
@@ -77,9 +79,9 @@ def stub(*arguments: str, ready: bool = True) -> Iterator[int]:
 
 @contextlib.contextmanager
 def serving(app: Any, server: str = "uvicorn-httptools") -> Iterator[int]:
-    """``app`` under ``uvicorn-h11``, ``uvicorn-httptools`` or ``hypercorn`` in a thread; yields its port.
+    """``app`` in a thread under ``hypercorn``, or ``uvicorn-`` with a parser or, as in ``fluidmcp run``, ``run``.
 
-    ``uvicorn-PARSER-wsproto`` does not speak WebSocket by the websockets package.
+    Yields its port. ``uvicorn-PARSER-wsproto`` does not speak WebSocket by the websockets package.
     """
     name, *ways = server.split("-")
     with _uvicorn(app, *ways) if name == "uvicorn" else _hypercorn(app) as port:
@@ -90,7 +92,7 @@ def serving(app: Any, server: str = "uvicorn-httptools") -> Iterator[int]:
 def _uvicorn(app: Any, parser: str, ws: str = "websockets-sansio") -> Iterator[int]:
     config = uvicorn.Config(
         app,
-        http=parser,
+        http=GatewayProtocol if parser == "run" else parser,
         ws=ws,
         log_level="critical",
         lifespan="on",
