@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning
 from fluidmcp_proxy.gateway import pages
-from fluidmcp_proxy.gateway.access import check_host, check_size
+from fluidmcp_proxy.gateway.access import check_host, check_size, check_version
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
@@ -41,7 +41,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 access_log = logging.getLogger("fluidmcp_proxy.access")
 logger = logging.getLogger("fluidmcp_proxy.gateway")
 
-_NOTED = frozenset({b"content-length", b"host", b"prefer", b"transfer-encoding", b"x-request-id"})
+_NOTED = frozenset({b"content-length", b"host", b"prefer", b"transfer-encoding", b"upgrade", b"x-request-id"})
 """Headers that the gateway itself reads."""
 _WAIT = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE).search
 # What X-Forwarded-Proto calls the schemes of WebSocket scopes.
@@ -280,6 +280,7 @@ class _Request:
 def _admit(request: _Request) -> Target:
     """The target of a request that may come in; the checks are the same for WebSockets."""
     target = read_target(request.scope)
+    check_version(request.scope)
     check_size(request.headers)
     check_host(request.noted, request.scope)
     return target

@@ -5,6 +5,7 @@ A small body is collected, a larger one is handed on as it comes; either way it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
@@ -20,6 +21,9 @@ Receive = Callable[[], Awaitable[Message]]
 
 COLLECTED_BYTES = 64 * 1024
 """Bodies up to this many bytes are sent in one piece."""
+
+
+_LENGTH = re.compile(rb"[0-9]{1,19}").fullmatch  # int() refuses thousands of digits
 
 
 class ClientDisconnected(Exception):
@@ -131,12 +135,18 @@ def _framing(headers: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, bool]:
     """Content-length and whether there is a transfer-encoding (RFC 9112 §6.3).
 
     Raises:
-        InvalidTarget: both, or two lengths, or one that is no number: two readers would see two bodies.
+        InvalidTarget: both, or two lengths, or one that is no number: two readers would see two bodies. Or an Upgrade
+            beside it: httptools takes the body for the other protocol's, and uvicorn loses it.
     """
     lengths = [value for name, value in headers if name == b"content-length"]
     encodings = [value for name, value in headers if name == b"transfer-encoding"]
-    if len(lengths) > 1 or (lengths and encodings) or (lengths and not lengths[0].isdigit()):
+    if len(lengths) > 1 or (lengths and encodings) or (lengths and not _LENGTH(lengths[0])):
         raise InvalidTarget("The request's length is ambiguous: one Content-Length or one Transfer-Encoding, not both.")
     if encodings and [value.strip().lower() for value in encodings] != [b"chunked"]:
         raise InvalidTarget("The only Transfer-Encoding that is understood is chunked.")
+    if (encodings or (lengths and lengths[0].strip(b"0"))) and any(name == b"upgrade" for name, _ in headers):
+        raise InvalidTarget(
+            "A request with a body cannot ask for an Upgrade; use plain HTTP/1.1 (Java: HttpClient.Version.HTTP_1_1).",
+            headers=[(b"connection", b"close")],
+        )
     return (int(lengths[0]) if lengths else None), bool(encodings)

@@ -63,6 +63,9 @@ HOST = (b"host", b"localhost:8099")
         ([HOST, (b"content-length", b"1"), (b"transfer-encoding", b"chunked")], 400, "invalid_target"),
         ([HOST, (b"content-length", b"-1")], 400, "invalid_target"),
         ([HOST, (b"content-length", b"1, 1")], 400, "invalid_target"),
+        ([HOST, (b"content-length", b"9" * 5000)], 400, "invalid_target"),
+        ([HOST, (b"content-length", b"5"), (b"upgrade", b"h2c")], 400, "invalid_target"),
+        ([HOST, (b"transfer-encoding", b"chunked"), (b"upgrade", b"h2c")], 400, "invalid_target"),
         ([HOST, (b"transfer-encoding", b"gzip, chunked")], 400, "invalid_target"),
         ([HOST, (b"content-length", b"99999999999")], 413, "request_too_large"),
         ([HOST, *[(b"x", b"")] * MAX_HEADERS], 431, "headers_too_large"),
@@ -115,3 +118,10 @@ def test_the_models_key_replaces_the_clients(upstream: int) -> None:
     with TestClient(remote(upstream, api_key="sk-upstream")) as client:
         echo = client.get("/m/v1/echo", headers={"authorization": "Bearer the-client's"}).json()
     assert [value for name, value in echo["headers"] if name.lower() == "authorization"] == ["Bearer sk-upstream"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("version", ["0.9", "1.2", "2.0", ""])
+async def test_versions_that_there_are_not(version: str) -> None:
+    got, _, body = await ask(remote(free_port()), [HOST], http_version=version)
+    assert (got, body["error"]["code"]) == (400, "invalid_target")
