@@ -24,6 +24,7 @@ from fluidmcp_proxy.cli import main
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.config.migrate import migrate
 from fluidmcp_proxy.gateway import pages
+from fluidmcp_proxy.gateway.record import RequestRecord
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.launcher import _port_in_use
 from fluidmcp_proxy.models.scheduler import Scheduler
@@ -206,6 +207,15 @@ def test_the_states_and_what_is_told_of_a_model() -> None:
     told = json.loads(pages.model(scheduler, "m")[1])
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"\w+", row)} == set(told)
+
+
+def test_the_parts_of_an_access_line() -> None:
+    text = text_of("observability.md").partition("## Logs")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
+    assert [name for row in rows for name in re.findall(r"\w+", row)] == list(RequestRecord._fields)
+    line = re.search(r"INFO    (.*)", text)
+    assert line is not None
+    assert re.findall(r"(\w+)=", line[1]) == list(RequestRecord._fields[3:])
 
 
 # Quotations

@@ -1,13 +1,16 @@
-"""Logging of the command line. The library itself configures none."""
+"""Logging of the command line: lines for people, or a JSON object a line. The library itself configures none."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 
 import anyio
 
+from fluidmcp_proxy.config.settings import LogFormat
 from fluidmcp_proxy.gateway.app import access_log
+from fluidmcp_proxy.gateway.record import RequestRecord
 from fluidmcp_proxy.gateway.relay import AnswerTruncated
 
 __all__ = ["Terminal", "configure_logging"]
@@ -29,10 +32,10 @@ class Terminal(logging.StreamHandler):  # type: ignore[type-arg]
     what was held back, so the order stays.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, form: LogFormat = "text") -> None:
         super().__init__()
         self._held: list[str] = []
-        self.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        self.setFormatter(_JsonFormatter() if form == "json" else _Formatter())
         self.addFilter(_is_no_abort)
         self.addFilter(_tells_no_secret)
 
@@ -66,21 +69,44 @@ class _Formatter(logging.Formatter):
     _second = -1
     _date = ""
 
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
         second = int(record.created)
         if second != self._second:
             self._second = second
-            self._date = time.strftime(self.default_time_format, time.localtime(second))
+            self._date = time.strftime(datefmt or self.default_time_format, self.converter(second))
         return f"{self._date},{int(record.msecs):03}"
 
 
-def configure_logging(level: str) -> Terminal:
+class _JsonFormatter(_Formatter):
+    """One object a line; the parts of an access line are keys of it. Times are UTC (RFC 3339)."""
+
+    converter = staticmethod(time.gmtime)
+    # json.dumps would make an encoder for every line.
+    _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Called by logging."""
+        moment = self.formatTime(record, "%Y-%m-%dT%H:%M:%S").replace(",", ".") + "Z"
+        line: dict[str, object] = {"time": moment, "level": record.levelname.lower(), "logger": record.name}
+        if isinstance(record.msg, RequestRecord):
+            line |= record.msg._asdict()
+        else:
+            line["message"] = record.getMessage()
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return self._encode(line)
+
+
+def configure_logging(level: str, form: LogFormat = "text") -> Terminal:
     """Send the log of the gateway and of uvicorn to standard error, from ``level`` on."""
     logging.addLevelName(TRACE, "TRACE")
     # Nothing shows these, and they cost as much as the rest of a record.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     vars(logging)["logAsyncioTasks"] = False  # which Python 3.11 does not have
-    terminal = Terminal()
+    terminal = Terminal(form)
     logging.basicConfig(level=logging.WARNING, handlers=[terminal], force=True)
     for name in ("fluidmcp_proxy", "uvicorn"):
         logging.getLogger(name).setLevel(TRACE if level == "trace" else level.upper())

@@ -59,7 +59,7 @@ def run(
         loaded = load_config(config, host=host, port=port, log_level=log_level)
     except ConfigError as error:
         raise BadConfiguration(error) from None
-    terminal = configure_logging(loaded.settings.log_level)
+    terminal = configure_logging(loaded.settings.log_level, loaded.settings.log_format)
     if canonical_host(loaded.settings.host) != LOOPBACK or loaded.settings.host in _WILDCARDS:
         click.echo(f"warning: {loaded.settings.host} is open to the network, and there are no keys: {_OPEN}", err=True)
     sys.exit(serve(loaded, terminal))

@@ -38,6 +38,7 @@ _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 _FOLDERS = ("log_dir", "runtime_dir")
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
+LogFormat = Literal["text", "json"]
 
 
 def _nameable(folder: object) -> object:
@@ -79,6 +80,7 @@ class GatewaySection(BaseModel):
         30.0, description="Seconds that running requests get to finish when the gateway ends."
     )
     log_level: LogLevel = Field("info", description="How much is logged.")
+    log_format: LogFormat = Field("text", description="Lines for people, or one JSON object a line.")
     log_dir: _Folder | None = Field(
         None,
         description=(
@@ -129,7 +131,7 @@ class EnvironmentSource(PydanticBaseSettingsSource):
         value = self._environ.get(variable(field_name)) or None
         if value is not None and _SERVICE_LINK_VALUE.match(value):
             value = None
-        if value is not None and field_name == "log_level":
+        if value is not None and field_name in ("log_level", "log_format"):
             value = value.lower()
         return value, field_name, False
 

@@ -10,13 +10,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fluidmcp_proxy.config.models import GatewayConfig
-from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning
+from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, UpstreamError
 from fluidmcp_proxy.gateway import pages
 from fluidmcp_proxy.gateway.access import check_host, check_size, check_version
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
+from fluidmcp_proxy.gateway.record import RequestRecord
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
 from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Router, Unified, speaks_anthropic
 from fluidmcp_proxy.gateway.target import Target, read_target
@@ -24,6 +25,7 @@ from fluidmcp_proxy.gateway.unified import choose_model
 from fluidmcp_proxy.gateway.websocket import HANDSHAKE_HEADERS, Handshake, WebSocketRelay, refuse
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.fleet import Fleet, open_fleet
+from fluidmcp_proxy.models.scheduler import Lease
 from fluidmcp_proxy.models.state import ModelStatus
 from fluidmcp_proxy.upstream.client import Body, Headers, Response, open_client
 from fluidmcp_proxy.upstream.endings import HandshakeRefused
@@ -141,6 +143,7 @@ class Gateway:
         try:
             target = _admit(request)
             route = self._router.route(scope["method"], target)
+            request.route = route.label
             if isinstance(route, Forward):
                 await self._forward(route, request, self._body(request))
             elif isinstance(route, Unified):
@@ -149,30 +152,33 @@ class Gateway:
                 status, body = await self._page(route)
                 await respond(send, status, body, request.id, with_body=scope["method"] != "HEAD")
         except ClientDisconnected:
-            request.log(0, 0, "client_left")
+            self._end(request, None, "client_left")
         except GatewayError as error:
             await respond_with_error(scope, send, error, request_id=request.id, anthropic=request.anthropic)
-            request.log(error.status, 0, error.code)
+            self._end(request, error.status, request.outcome_of(error), error.code)
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive, send)
         try:
             route = self._router.route_websocket(_admit(request))
-            request.model = route.model
+            request.route, request.model = route.label, route.model
             await self._converse(route, request)
         except GatewayError as error:
             fields = [(b"content-type", b"application/json"), *error.headers, (b"x-request-id", request.id)]
             await refuse(scope, send, error.status, fields, error.body(anthropic=request.anthropic))
-            request.log(error.status, 0, error.code)
+            self._end(request, error.status, request.outcome_of(error), error.code)
         except HandshakeRefused as refusal:
             headers = response_headers(refusal.headers, request_id=request.id)
             fields = [pair for pair in headers if pair[0] not in HANDSHAKE_HEADERS]
             await refuse(scope, send, refusal.status, fields, refusal.body)
-            request.log(refusal.status, len(refusal.body), "complete")
+            if request.lease is not None and refusal.body:
+                request.lease.count(len(refusal.body))
+            self._end(request, refusal.status, "complete")
 
     async def _converse(self, route: Forward, request: _Request) -> None:
         lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
         lease.owes_answer = False
+        request.lease = lease
         handshake = Handshake(
             route.target,
             self._headers(route, request),
@@ -181,8 +187,7 @@ class Gateway:
             self.config.settings.max_body_bytes,
         )
         relay = WebSocketRelay(handshake, lease, request.receive, request.send)
-        await relay.run()
-        request.log(relay.status, lease.bytes_answered, relay.outcome)
+        await self._run(relay, request)
 
     async def _forward_by_name(self, target: Target, request: _Request) -> None:
         catalog, body = self._running().catalog, self._body(request)
@@ -194,15 +199,29 @@ class Gateway:
     async def _forward(self, route: Forward, request: _Request, body: RequestBody) -> None:
         request.model = route.model
         lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
+        request.lease = lease
         wants_news = asks_for_progress(request.noted)
         news = (lambda: what_it_does(self.status(route.model))) if wants_news else None
         relay = Relay(self._outgoing(route, request), body, lease, request.send, news)
+        await self._run(relay, request)
+
+    async def _run(self, relay: Relay | WebSocketRelay, request: _Request) -> None:
         try:
             await relay.run()
-        except AnswerTruncated:
-            request.log(relay.status, lease.bytes_answered, relay.outcome)
+        except (GatewayError, HandshakeRefused):
+            raise  # it will be answered
+        except BaseException as error:  # aborted, or cancelled by the ASGI server
+            outcome = relay.outcome if isinstance(error, AnswerTruncated) else "cut"
+            self._end(request, relay.status or None, outcome, relay.code)
             raise
-        request.log(relay.status, lease.bytes_answered, relay.outcome)
+        self._end(request, relay.status or None, relay.outcome, relay.code)
+
+    def _end(self, request: _Request, status: int | None, outcome: str, code: str = "-") -> None:
+        """The one place where a request is accounted for."""
+        record = request.record(status, outcome, code)
+        if access_log.isEnabledFor(logging.INFO):
+            # Not access_log.info(), which would walk the stack for the place of this line.
+            access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, record, (), None))
 
     def _body(self, request: _Request) -> RequestBody:
         settings = self.config.settings
@@ -251,7 +270,7 @@ class Gateway:
 class _Request:
     """What goes with a request through this module."""
 
-    __slots__ = ("_began", "anthropic", "headers", "id", "model", "noted", "receive", "scope", "send")
+    __slots__ = ("_began", "anthropic", "headers", "id", "lease", "model", "noted", "receive", "route", "scope", "send")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._began = time.perf_counter()
@@ -263,18 +282,26 @@ class _Request:
         self.noted = [pair for pair in self.headers if pair[0] in _NOTED]
         self.id = pick_request_id(self.noted)
         self.anthropic = speaks_anthropic(scope["path"])
-        self.model = "-"
+        self.route = self.model = "-"
+        self.lease: Lease | None = None
 
-    def log(self, status: int, sent: int, outcome: str) -> None:
-        """One line a request: neither query nor header, since both may hold keys."""
-        if access_log.isEnabledFor(logging.INFO):
-            seconds = time.perf_counter() - self._began
-            line = (
-                f"{self.id.decode()} {self.scope.get('method', 'WEBSOCKET')} model={self.model} status={status or '-'}"
-            )
-            line += f" bytes={sent} seconds={seconds:.3f} outcome={outcome}"
-            # Not access_log.info(), which would walk the stack for the place of this line.
-            access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, line, (), None))
+    def outcome_of(self, error: GatewayError) -> str:
+        """How a request ends that is answered with ``error``."""
+        if isinstance(error, UpstreamError):
+            return "upstream_died"
+        return "cut" if self.lease is not None and self.lease.was_cut else "refused"
+
+    def record(self, status: int | None, outcome: str, code: str) -> RequestRecord:
+        """What is known of it, now that it is over."""
+        began, lease = self._began, self.lease
+        seconds = time.perf_counter() - began
+        method = self.scope.get("method", "WEBSOCKET")
+        about = self.id.decode(), method, self.route, self.model, status
+        if lease is None:
+            return RequestRecord(*about, 0, 0, seconds, None, None, outcome, code, "-")
+        first, sent = lease.first_byte_at, (lease.bytes_answered, lease.chunks_answered)
+        ttfb = None if first is None else first - began
+        return RequestRecord(*about, *sent, seconds, ttfb, lease.waited, outcome, code, "-")
 
 
 def _admit(request: _Request) -> Target:

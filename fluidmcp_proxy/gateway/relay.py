@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import anyio
 
-from fluidmcp_proxy.errors import GatewayError, UpstreamUnavailable
+from fluidmcp_proxy.errors import GatewayError, UpstreamError, UpstreamUnavailable
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.departure import race_departure
 from fluidmcp_proxy.gateway.loading import is_streamed, late_refusal, telling
@@ -46,7 +46,7 @@ class Relay:
     """The way of one request. After ``run()`` its counters say how it went.
 
     ``status`` is that of the answer once it has begun, ``outcome`` one of ``complete``, ``client_left``,
-    ``upstream_died`` and ``cut``. The bytes of the answer's body are counted in the lease.
+    ``upstream_died`` and ``cut``. The answer's body is counted in the lease.
     """
 
     __slots__ = ("_body", "_error", "_events", "_lease", "_news", "_outgoing", "_send", "outcome", "status")
@@ -65,6 +65,11 @@ class Relay:
         self.status = 0
         self.outcome = "client_left"
 
+    @property
+    def code(self) -> str:
+        """That of the error with which it ended, or ``-``."""
+        return "-" if self._error is None else self._error.code
+
     async def run(self) -> None:
         """Answer the request, or find that nobody wants the answer any more.
 
@@ -80,7 +85,7 @@ class Relay:
                 self.outcome = "complete"
             except GatewayError as error:
                 self._error = error
-                self.outcome = "upstream_died"
+                self.outcome = "upstream_died" if isinstance(error, UpstreamError) else "cut"
             except (ClientDisconnected, OSError):
                 pass
         if self._lease.was_cut and self.outcome != "complete":
@@ -117,19 +122,22 @@ class Relay:
             events = self._events = EventSplitter() if is_event_stream(answer.headers) else None
         elif answer.status != 200 or not is_event_stream(answer.headers):
             last_words = await late_refusal(answer, anthropic=self._outgoing.anthropic)
+            lease.count(len(last_words))
             await send({"type": "http.response.body", "body": last_words, "more_body": False})
             return
         async for chunk in answer.body:
             ended = answer.ended  # saves a message of its own for the end
             if events is not None:
                 chunk = events.feed(chunk) + (events.rest() if ended else b"")
+            if chunk:
+                lease.count(len(chunk))
             if chunk or ended:
-                lease.bytes_answered += len(chunk)
                 await send({"type": "http.response.body", "body": chunk, "more_body": not ended})
             if ended:
                 return
         rest = b"" if events is None else events.rest()
-        lease.bytes_answered += len(rest)
+        if rest:
+            lease.count(len(rest))
         await send({"type": "http.response.body", "body": rest, "more_body": False})
 
     @asynccontextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import McpEndpointRemoved, MethodNotAllowed, ModelNotFound, PathNotFound
@@ -53,9 +53,37 @@ _CLOSED = frozenset(
 """Routes that change or reveal the server, by their first segment under ``/v1/``. From vLLM's ``entrypoints/serve``
 and its LoRA and SageMaker routers."""
 
+_LABELLED = frozenset(
+    {
+        "v1/audio/speech",
+        "v1/audio/transcriptions",
+        "v1/audio/translations",
+        "v1/chat/completions",
+        "v1/classify",
+        "v1/completions",
+        "v1/detokenize",
+        "v1/embeddings",
+        "v1/images/generations",
+        "v1/messages",
+        "v1/messages/count_tokens",
+        "v1/models",
+        "v1/moderations",
+        "v1/pooling",
+        "v1/realtime",
+        "v1/rerank",
+        "v1/responses",
+        "v1/score",
+        "v1/tokenize",
+    }
+)
+"""Paths below a model whose label is their own name; there are few of them, whatever clients ask for."""
+
 # TRACE echoes what proxies add (RFC 9110 §9.3.8), CONNECT asks for a tunnel.
 _REFUSED_METHODS = frozenset({"TRACE", "TRACK", "CONNECT"})
 _ANY_METHOD = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+
+
+# Each kind of route has a ``label``: what logs and metrics call it.
 
 
 class Page(Enum):
@@ -66,12 +94,18 @@ class Page(Enum):
     MODELS = "/models"
     LIST = "/v1/models"
 
+    @property
+    def label(self) -> str:
+        """Its path."""
+        return self.value
+
 
 @dataclass(frozen=True, slots=True)
 class ModelPage:
     """The state of one model."""
 
     model: str
+    label: ClassVar[str] = "/models/{model}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +113,14 @@ class ListedModel:
     """One element of the list at ``/v1/models``."""
 
     name: str
+    label: ClassVar[str] = "/v1/models/{name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Unified:
     """A request below ``/v1/`` for the model that it names itself: ``Router.named`` makes a ``Forward`` of it."""
+
+    label: str
 
 
 class Forward(NamedTuple):
@@ -91,6 +128,7 @@ class Forward(NamedTuple):
 
     model: str
     target: bytes
+    label: str = "other"
 
 
 Route = Page | ModelPage | ListedModel | Unified | Forward
@@ -125,7 +163,7 @@ class Router:
         """
         route = self._find(method, target.raw, target.path)
         if target.query and isinstance(route, Forward):
-            return Forward(route.model, b"%b?%b" % (route.target, target.query))
+            return Forward(route.model, b"%b?%b" % (route.target, target.query), route.label)
         return route
 
     def named(self, model: str, method: str, target: Target) -> Route:
@@ -167,7 +205,7 @@ class Router:
         extra_paths = [path for model in self._models.values() for path in model.extra_paths]
         if rest.split("/", 1)[0] in _CLOSED and not _is_open("/v1/" + rest, extra_paths):
             raise _closed()
-        return Unified()
+        return Unified(_label("v1/" + rest))
 
     def _model_route(self, name: str, rest: str, method: str, raw: bytes) -> Forward:
         _refuse_method(method)
@@ -176,7 +214,7 @@ class Router:
                 f"The JSON-RPC endpoint is gone. Send OpenAI requests instead: POST /{name}/v1/chat/completions."
             )
         below = raw.split(b"/", 2)[2] if rest else b""
-        forward = Forward(name, b"%b/%b" % (self._roots[name], below))
+        forward = Forward(name, b"%b/%b" % (self._roots[name], below), _label(rest))
         if _is_open("/" + rest, self._models[name].extra_paths):
             return forward
         if rest in _ROOT_ROUTES:
@@ -195,6 +233,10 @@ class Router:
 
 def _root(model: ModelConfig) -> bytes:
     return model.endpoint.root.encode("ascii") if model.endpoint else b""
+
+
+def _label(path: str) -> str:
+    return f"/{path}" if path in _LABELLED or path in _ROOT_ROUTES else "other"
 
 
 def _refuse_method(method: str) -> None:

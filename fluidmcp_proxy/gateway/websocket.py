@@ -63,7 +63,7 @@ class WebSocketRelay:
     """The way of one WebSocket. After ``run()`` its counters say how it went.
 
     ``status`` is 101 once the client's handshake has been answered; ``outcome`` one of ``complete`` (somebody closed it
-    in good form), ``client_left``, ``upstream_died``, ``cut``, and ``request_too_large``. The bytes of the server's
+    in good form), ``client_left``, ``upstream_died``, ``cut``, and ``refused`` (a message was too large). The server's
     messages are counted in the lease.
     """
 
@@ -81,6 +81,11 @@ class WebSocketRelay:
         self._end: GatewayError | HandshakeRefused | WebSocketClosed | None = None
         self.status = 0
         self.outcome = "client_left"
+
+    @property
+    def code(self) -> str:
+        """That of the error with which it ended, or ``-``."""
+        return self._end.code if isinstance(self._end, GatewayError) else "-"
 
     async def run(self) -> None:
         """Connect the client with the server until either closes.
@@ -130,7 +135,7 @@ class WebSocketRelay:
             self._open.set()
             while True:
                 message = await socket.receive()
-                lease.bytes_answered = socket.bytes_received
+                lease.count(socket.bytes_received - lease.bytes_answered)
                 await send({"type": "websocket.send", "text" if isinstance(message, str) else "bytes": message})
         finally:
             if self._left is not None:
@@ -163,7 +168,7 @@ class WebSocketRelay:
         if self._lease.was_cut:
             return "cut"
         if isinstance(self._end, GatewayError):
-            return "upstream_died" if isinstance(self._end, UpstreamError) else self._end.code
+            return "upstream_died" if isinstance(self._end, UpstreamError) else "refused"
         return "client_left"
 
     async def _tell(self, end: GatewayError | HandshakeRefused | WebSocketClosed) -> None:

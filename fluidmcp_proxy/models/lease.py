@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,9 @@ class Lease:
     transport.
 
     The holder sets ``interrupt``, which is called when the request is cut short because its model is being stopped, and
-    counts ``bytes_answered``, by which liveness sees that the server works. It clears ``owes_answer`` for a
-    conversation, in which the server's silence says nothing: it may be the client's turn.
+    counts what is answered, by which liveness sees that the server works. It clears ``owes_answer`` for a conversation,
+    in which the server's silence says nothing: it may be the client's turn. ``waited`` is for how many seconds it was
+    in the queue, ``first_byte_at`` the ``perf_counter`` of the first byte.
     """
 
     __slots__ = (
@@ -33,10 +35,13 @@ class Lease:
         "_limit",
         "_scheduler",
         "bytes_answered",
+        "chunks_answered",
+        "first_byte_at",
         "interrupt",
         "owes_answer",
         "refusal",
         "transport",
+        "waited",
         "was_cut",
     )
 
@@ -52,6 +57,9 @@ class Lease:
         self.was_cut = False
         self.owes_answer = True
         self.bytes_answered = 0
+        self.chunks_answered = 0
+        self.first_byte_at: float | None = None
+        self.waited = 0.0
 
     async def __aenter__(self) -> Transport:
         desk = self._desk
@@ -74,6 +82,7 @@ class Lease:
         scheduler, desk = self._scheduler, self._desk
         self._forget()
         scheduler.arrive(self, desk)
+        began = perf_counter()
         try:
             if self.transport is None and self.refusal is None:
                 self._called = anyio.Event()
@@ -85,10 +94,19 @@ class Lease:
         except BaseException:
             scheduler.give_up(self, desk)
             raise
+        finally:
+            self.waited += perf_counter() - began
 
     def _forget(self) -> None:
         """It may be entered again, after a connect that failed."""
         self.transport = self.refusal = self._called = None
+
+    def count(self, size: int) -> None:
+        """A piece of the answer has come, of ``size`` bytes."""
+        if self.first_byte_at is None:
+            self.first_byte_at = perf_counter()
+        self.bytes_answered += size
+        self.chunks_answered += 1
 
     def call(self, *, transport: Transport | None = None, refusal: GatewayError | None = None) -> None:
         """It is this one's turn, or waiting is in vain."""

@@ -27,6 +27,7 @@ def test_defaults() -> None:
         "body_timeout": 60.0,
         "drain_timeout": 30.0,
         "log_level": "info",
+        "log_format": "text",
     }
     assert settings.log_dir == Path("/h/.local/state/fluidmcp")
     assert settings.runtime_dir.name == f"fluidmcp-{os.getuid()}"
@@ -58,12 +59,13 @@ def test_every_variable_is_read() -> None:
         environ={
             "FLUIDMCP_CONFIG": "/c.json", "FLUIDMCP_HOST": "::1", "FLUIDMCP_PORT": "0", "FLUIDMCP_MAX_BODY_BYTES": "1",
             "FLUIDMCP_BODY_TIMEOUT": "2.5", "FLUIDMCP_DRAIN_TIMEOUT": "1.5", "FLUIDMCP_LOG_LEVEL": "WARNING",
-            "FLUIDMCP_LOG_DIR": "/l", "FLUIDMCP_RUNTIME_DIR": "/r",
+            "FLUIDMCP_LOG_DIR": "/l", "FLUIDMCP_RUNTIME_DIR": "/r", "FLUIDMCP_LOG_FORMAT": "JSON",
         }
     )  # fmt: skip
     assert settings.model_dump() == {
         "config": Path("/c.json"), "host": "::1", "port": 0, "max_body_bytes": 1, "body_timeout": 2.5,
-        "drain_timeout": 1.5, "log_level": "warning", "log_dir": Path("/l"), "runtime_dir": Path("/r"),
+        "drain_timeout": 1.5, "log_level": "warning", "log_format": "json",
+        "log_dir": Path("/l"), "runtime_dir": Path("/r"),
     }  # fmt: skip
 
 
@@ -78,7 +80,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
         ("DRAIN_TIMEOUT", "nan"), ("BODY_TIMEOUT", "0"),
         ("DRAIN_TIMEOUT", "inf"), ("DRAIN_TIMEOUT", "-1"), ("LOG_LEVEL", "loud"), ("HOST", "a b"), ("HOST", "http://x"),
         ("HOST", "localhost:80"), ("HOST", "[::1]"),
-        ("LOG_DIR", "a\0b"),
+        ("LOG_DIR", "a\0b"), ("LOG_FORMAT", "xml"),
     ],
 )  # fmt: skip
 def test_a_bad_variable_is_named(name: str, value: str) -> None:
@@ -113,7 +115,7 @@ def test_an_override_is_checked(refuse: Refuse, short: dict[str, Any]) -> None:
         parse_config(short, environ={}, prot=1)
 
 
-@pytest.mark.parametrize("name", ["API_KEYS", "ADMIN_KEYS", "ALLOW_OPEN", "ALLOWED_HOSTS", "LOG_FORMAT", "PROT"])
+@pytest.mark.parametrize("name", ["API_KEYS", "ADMIN_KEYS", "ALLOW_OPEN", "ALLOWED_HOSTS", "LOG_FORM", "PROT"])
 def test_a_variable_that_does_nothing_is_refused(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings(environ={f"FLUIDMCP_{name}": "hunter22secret"})

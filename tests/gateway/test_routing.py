@@ -46,15 +46,15 @@ def route(method: str, target: str) -> Route:
 @pytest.mark.parametrize(
     ("method", "target", "expected"),
     [
-        ("POST", "/vllm/v1/chat/completions", Forward("vllm", b"/v1/chat/completions")),
-        ("GET", "/vllm/v1/models", Forward("vllm", b"/v1/models")),
+        ("POST", "/vllm/v1/chat/completions", Forward("vllm", b"/v1/chat/completions", "/v1/chat/completions")),
+        ("GET", "/vllm/v1/models", Forward("vllm", b"/v1/models", "/v1/models")),
         ("DELETE", "/vllm/v1/responses/r%201?a=b&c", Forward("vllm", b"/v1/responses/r%201?a=b&c")),
         ("OPTIONS", "/vllm/v1/anything/new", Forward("vllm", b"/v1/anything/new")),
-        ("POST", "/vllm/v1/messages", Forward("vllm", b"/v1/messages")),
-        ("POST", "/vllm/v1/messages/count_tokens", Forward("vllm", b"/v1/messages/count_tokens")),
-        ("POST", "/vllm/tokenize", Forward("vllm", b"/tokenize")),
-        ("POST", "/far/v1/chat/completions", Forward("far", b"/api/v1/chat/completions")),
-        ("POST", "/far/rerank", Forward("far", b"/api/rerank")),
+        ("POST", "/vllm/v1/messages", Forward("vllm", b"/v1/messages", "/v1/messages")),
+        ("POST", "/vllm/v1/audio/speech", Forward("vllm", b"/v1/audio/speech", "/v1/audio/speech")),
+        ("POST", "/vllm/tokenize", Forward("vllm", b"/tokenize", "/tokenize")),
+        ("POST", "/far/v1/chat/completions", Forward("far", b"/api/v1/chat/completions", "/v1/chat/completions")),
+        ("POST", "/far/rerank", Forward("far", b"/api/rerank", "/rerank")),
         ("GET", "/open/metrics", Forward("open", b"/metrics")),
         ("POST", "/open/v1/load_lora_adapter", Forward("open", b"/v1/load_lora_adapter")),
         ("PUT", "/open/admin/a/b", Forward("open", b"/admin/a/b")),
@@ -112,8 +112,27 @@ def test_refusals(method: str, target: str, status: int, code: str) -> None:
     assert (caught.value.status, caught.value.code) == (status, code)
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "label"),
+    [
+        ("POST", "/vllm/v1/embeddings?key=secret", "/v1/embeddings"),
+        ("POST", "/v1/embeddings", "/v1/embeddings"),
+        ("POST", "/vllm/rerank", "/rerank"),
+        ("GET", "/vllm/v1/responses/r-1", "other"),
+        ("GET", "/vllm/v1/any/thing", "other"),
+        ("GET", "/v1/any/thing", "other"),
+        ("GET", "/open/metrics", "other"),
+        ("GET", "/health", "/health"),
+        ("GET", "/models/vllm", "/models/{model}"),
+        ("GET", "/v1/models/org/name", "/v1/models/{name}"),
+    ],
+)
+def test_labels_are_few_whatever_is_asked(method: str, target: str, label: str) -> None:
+    assert route(method, target).label == label
+
+
 def named(model: str, method: str, target: str) -> Route:
-    assert route(method, target) == Unified()
+    assert isinstance(route(method, target), Unified)
     return ROUTER.named(model, method, target_of(target))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from fluidmcp_proxy import Gateway, GatewayMiddleware
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.gateway import websocket
 from tests.gateway.conftest import remote
+from tests.gateway.records import recording
 from tests.gateway.test_loading import launched, url, with_an_end  # noqa: F401 - the first is a fixture
 from tests.serving import DEADLINE, eventually, serving, stub
 
@@ -625,23 +625,19 @@ def test_without_its_lifespan_it_says_so(upstream: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "line"),
+    ("command", "status", "size", "outcome", "code"),
     [
-        ("stub:close 1000", "status=101 bytes=5 seconds=0.000 outcome=complete"),
-        ("stub:cut fin", "status=101 bytes=5 seconds=0.000 outcome=upstream_died"),
-        ("close", "status=101 bytes=5 seconds=0.000 outcome=complete"),
-        ("leave", "status=101 bytes=5 seconds=0.000 outcome=client_left"),
-        ("refuse", "status=403 bytes=83 seconds=0.000 outcome=complete"),
-        ("nobody", "status=404 bytes=0 seconds=0.000 outcome=model_not_found"),
+        ("stub:close 1000", 101, 5, "complete", "-"),
+        ("stub:cut fin", 101, 5, "upstream_died", "upstream_disconnected"),
+        ("close", 101, 5, "complete", "-"),
+        ("leave", 101, 5, "client_left", "-"),
+        ("refuse", 403, 83, "complete", "-"),
+        ("nobody", 404, 0, "refused", "model_not_found"),
     ],
 )
-def test_the_access_line(
-    upstream: int, command: str, line: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO, logger="fluidmcp_proxy.access")
-    monkeypatch.setattr("fluidmcp_proxy.gateway.app.time.perf_counter", lambda: 0.0)
+def test_the_access_line(upstream: int, command: str, status: int, size: int, outcome: str, code: str) -> None:
     headers = {"x-request-id": "abc"}
-    with serving(remote(upstream)) as port:
+    with recording() as records, serving(remote(upstream)) as port:
         if command == "refuse":
             refused(port, "/m/v1/realtime?key=secret", {**headers, "x-stub-status": "403"})
         elif command == "nobody":
@@ -655,9 +651,11 @@ def test_the_access_line(
                     end_of(client)
                 elif command == "leave":
                     leave(client)
-        lines = eventually(lambda: [r.getMessage() for r in caplog.records if r.name.endswith("access")], "a line")
-    name = "-" if command == "nobody" else "m"
-    assert lines == [f"abc WEBSOCKET model={name} {line}"]
+        record = records.next()
+    route, name = ("-", "-") if command == "nobody" else ("/v1/realtime", "m")
+    assert record[:7] == ("abc", "WEBSOCKET", route, name, status, size, min(size, 1))
+    assert (record.outcome, record.code) == (outcome, code)
+    assert (record.ttfb is None) == (size == 0)
 
 
 # The app's own edges
