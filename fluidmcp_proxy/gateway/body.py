@@ -87,6 +87,11 @@ class RequestBody:
         """Have the next ``start`` give ``content``, which was made of what this one gave."""
         self._replaced = content
 
+    @property
+    def beginning(self) -> bytes:
+        """What was collected and has not been read as an iterator yet."""
+        return self._first
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 

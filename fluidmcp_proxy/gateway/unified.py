@@ -7,6 +7,7 @@ The rest of the body stays as it is. No more of it is held than comes before the
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from itertools import islice
 from urllib.parse import unquote_plus
 
 from fluidmcp_proxy.errors import AmbiguousModel, InvalidJSON, ModelRequired
@@ -17,6 +18,9 @@ from fluidmcp_proxy.gateway.model_name import Place, encode, model_in
 from fluidmcp_proxy.models.catalog import Catalog
 
 __all__ = ["choose_model", "model_in_query"]
+
+# The first piece of a body that does not come whole has at least COLLECTED_BYTES; a name may have cut it in three.
+_PIECES_AHEAD = 3
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -133,16 +137,26 @@ class _Stream:
             at += len(piece)
         self._pieces = [part for part in (*before, name, *after) if part]
 
-    async def content(self) -> AsyncIterator[bytes]:
+    def content(self) -> AsyncIterator[bytes]:
         """What was held, then the rest as it comes; a second name in it is refused."""
-        pieces = self._pieces[::-1]
-        self._pieces.clear()
-        while pieces:
-            yield pieces.pop()
-        async for piece in self._rest:
-            if self._scanner is not None:
-                self._scanner.feed(piece)
-            yield piece
+        self._pieces.reverse()  # the next one is last
+        return self
+
+    @property
+    def beginning(self) -> bytes:
+        """What is held still, as far as it may be of interest to somebody who looks ahead."""
+        return b"".join(islice(reversed(self._pieces), _PIECES_AHEAD))
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._pieces:
+            return self._pieces.pop()
+        piece = await anext(self._rest)
+        if self._scanner is not None:
+            self._scanner.feed(piece)
+        return piece
 
 
 def _with_length(headers: Headers, more: int) -> Headers:

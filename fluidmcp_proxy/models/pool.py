@@ -102,8 +102,8 @@ class Pool:
         """See ``Transport.exchange``. Raises ``ShuttingDown``, too: the request was cut, since its replica stops."""
         blocks: list[int] = []
         if self._prefixes is not None and body is not None:
-            start, body = await _beginning(body)
-            blocks = prompt_blocks(start)
+            # Looked at and not read: after a connect that failed the caller sends the same body again.
+            blocks = prompt_blocks(body if isinstance(body, bytes) else getattr(body, "beginning", b""))
 
         def on(replica: Replica, transport: Transport) -> AbstractAsyncContextManager[Response]:
             return transport.exchange(method, target, _addressed(headers, replica), body)
@@ -233,17 +233,3 @@ class _Counted:
 
 def _addressed(headers: Headers, replica: Replica) -> list[tuple[bytes, bytes]]:
     return [(name, replica.authority if name == b"host" else value) for name, value in headers]
-
-
-async def _beginning(body: bytes | AsyncIterator[bytes]) -> tuple[bytes, bytes | AsyncIterator[bytes]]:
-    """The first piece of a body, and the whole of it again."""
-    if isinstance(body, bytes):
-        return body, body
-    first = await anext(body, b"")
-    return first, _rejoined(first, body)
-
-
-async def _rejoined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for piece in rest:
-        yield piece

@@ -33,6 +33,7 @@ __all__ = [
 
 Headers = Sequence[tuple[bytes, bytes]]
 Body = bytes | AsyncIterator[bytes] | None
+"""An iterator is read once, after connecting. It may have a ``beginning``: bytes of it that are known before."""
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 

@@ -184,16 +184,40 @@ async def test_a_request_that_has_arrived_is_not_sent_again(error: Exception) ->
     assert rig.in_flight == [0, 0]
 
 
+class Pieces:
+    """A body as it comes, of which the beginning is known."""
+
+    def __init__(self, body: bytes, beginning: bytes) -> None:
+        self.beginning = beginning
+        self._left = [body[start : start + 100] for start in range(0, len(body), 100)]
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._left:
+            raise StopAsyncIteration
+        return self._left.pop(0)
+
+
 @pytest.mark.parametrize("affinity", [None, "prefix"])
 async def test_a_body_that_comes_in_pieces_is_whole_at_the_next_one_too(affinity: str | None) -> None:
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, len(PROMPT), 100):
-            yield PROMPT[start : start + 100]
+    rig = Rig(2, affinity=affinity)
+    body = Pieces(PROMPT, PROMPT[:2000])
+    for wire in rig.wires:
+        wire.refuses = UpstreamUnavailable("no")
+    with pytest.raises(UpstreamUnavailable):
+        await rig.ask(body)
+    rig.wires[1].refuses = None
+    assert await rig.ask(body) == 1
+    assert rig.wires[1].bodies == [PROMPT]
 
-    rig = Rig(affinity=affinity)
-    rig.wires[0].refuses = UpstreamUnavailable("no")
-    index = await rig.ask(pieces())
-    assert rig.wires[index].bodies == [PROMPT]
+
+async def test_a_body_that_comes_in_pieces_goes_where_its_beginning_was_seen() -> None:
+    rig = Rig(affinity="prefix")
+    home = await rig.ask(PROMPT)
+    assert [await rig.ask(Pieces(PROMPT, PROMPT[:2000])) for _ in range(3)] == [home] * 3
+    assert len({await rig.ask(Pieces(PROMPT, b"")) for _ in range(3)}) == 3
 
 
 async def test_a_client_that_leaves_is_counted_out_wherever_it_was() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -24,7 +25,7 @@ from fluidmcp_proxy.models.fleet import Fleet, open_fleet
 from fluidmcp_proxy.models.state import ModelStatus, ReplicaStatus
 from fluidmcp_proxy.process.listener import free_port
 from tests.models.test_fleet import until
-from tests.serving import STUB, stub, vllm_program
+from tests.serving import DEADLINE, STUB, eventually, serving, stub, vllm_program
 
 pytestmark = pytest.mark.anyio
 
@@ -252,3 +253,26 @@ def test_through_the_gateway(configure: Configure) -> None:
             if name == "host"
         )
         assert gateway_hosts == {"localhost": 4}
+
+
+def test_a_large_prompt_finds_the_replica_that_knows_it(configure: Configure) -> None:
+    """It comes in pieces, and on the unified route with another name put into it."""
+    prompt = "x" * 400_000
+    with stub() as one, stub() as other:
+        urls = [{"base_url": f"http://127.0.0.1:{port}/v1"} for port in (one, other)]
+        gateway = Gateway(configure(endpoints=urls, affinity="prefix"))
+        with serving(gateway) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE) as client:
+            eventually(lambda: all_ready(gateway.status("m")), "both ready")
+            for number in range(4):
+                body = {"model": "m", "prompt": prompt, "max_tokens": 1, "seed": number}
+                path = "/m/v1/completions" if number % 2 else "/v1/completions"
+                assert client.post(path, json=body).status_code == 200
+            assert sorted([_tokens(one), _tokens(other)]) == [0, 4]
+
+
+def _tokens(port: int) -> float:
+    """How many the stub server has generated."""
+    for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
+        if line.startswith("vllm:generation_tokens_total{"):
+            return float(line.rpartition(" ")[2])
+    raise AssertionError
