@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from machine import chat, post
 
-FEW_EVENTS = 4
+FEW_EVENTS, WARM, WARMING = 4, 20, 60.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Client:
         self._socket.sendall(self._whole)
         got = self._receive(b"", lambda got: b"\r\n\r\n" in got)
         head, _, body = got.partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise OSError(f"answered {head.splitlines()[0]!r}")
         if b"chunked" in head.lower():
             self._receive(body, lambda got: got.endswith(b"0\r\n\r\n"))
         else:
@@ -62,6 +64,23 @@ class Client:
                 raise OSError("the connection was closed inside an answer")
             got += block
         return got
+
+
+def warm(port: int, path: str) -> None:
+    """Ask until answers come: a proxy that listens may still be loading, or have to find its server."""
+    deadline = time.monotonic() + WARMING
+    while True:
+        client = Client(port, path)
+        try:
+            for _ in range(WARM):
+                client.answer()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        finally:
+            client.close()
 
 
 def added(port: int, path: str, upstream: int, upstream_path: str, seconds: float) -> Added:
