@@ -61,6 +61,7 @@ class Supervisor:
         memory: GpuMemory | None = None,
     ) -> None:
         self.config = config
+        self.transport: Transport | None = None  # while it is ready and nobody has asked it to stop or rest
         self._launcher = launcher
         self._connect = connect
         self._drain = drain
@@ -83,13 +84,6 @@ class Supervisor:
         return f"<Supervisor {self.config.id!r} {self._status.state} wish={self._wish.name}>"
 
     # What others may see
-
-    @property
-    def transport(self) -> Transport | None:
-        """The way to the server while it is ready and nobody has asked it to stop or rest."""
-        if self._status.state is ModelState.READY and self._wish is _Wish.AWAKE:
-            return self._transport
-        return None
 
     @property
     def phase(self) -> Phase:
@@ -390,6 +384,9 @@ class Supervisor:
 
     def _wake(self) -> None:
         """Every change wakes the loop, and whoever observes; each looks for itself."""
+        # Not looked up with each request: that would be most of what a lease costs.
+        offered = self._status.state is ModelState.READY and self._wish is _Wish.AWAKE
+        self.transport = self._transport if offered else None
         changed, self._changed = self._changed, anyio.Event()
         changed.set()
         self._tell()
