@@ -154,6 +154,7 @@ async def test_many_at_once_keep_their_order_and_bounds(wire: str) -> None:
 @RAW
 async def test_fragments_with_a_ping_between(wire: str) -> None:
     seen: list[Frame | None] = []
+    over = anyio.Event()
 
     async def talk(speaker: Speaker) -> None:
         for opcode in (Opcode.TEXT, Opcode.BINARY):
@@ -162,11 +163,13 @@ async def test_fragments_with_a_ping_between(wire: str) -> None:
             await speaker.send(Opcode.CONT, b"", fin=False)
             await speaker.send(Opcode.CONT, b"\xa9")
             seen.append(await speaker.next())
+        over.set()
         await silent(speaker)
 
     async with opened(wire, talk) as socket:
         assert await socket.receive() == "é"
         assert await socket.receive() == "é".encode()
+        await over.wait()
     assert [(frame.opcode, bytes(frame.data)) for frame in seen if frame] == [(Opcode.PONG, b"are you there")] * 2
 
 
@@ -420,11 +423,13 @@ async def test_nothing_of_it_is_logged(wire: str, caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("code", [1000, 1001, 1011, 1012, 3000, 4999, None])
 async def test_closed_by_the_server(wire: str, code: int | None) -> None:
     answers: list[Frame | None] = []
+    over = anyio.Event()
 
     async def talk(speaker: Speaker) -> None:
         await speaker.send(Opcode.TEXT, b"last words")
         await speaker.close(code, "because é" if code else "")
         answers.append(await speaker.next())
+        over.set()
 
     async with opened(wire, talk) as socket:
         assert await socket.receive() == "last words"
@@ -434,6 +439,7 @@ async def test_closed_by_the_server(wire: str, code: int | None) -> None:
         await socket.send("dropped")
         await socket.close(1000)
         assert repr(socket) == "<WebSocket closed>"
+        await over.wait()
     assert (caught.value.code, caught.value.reason) == ((code, "because é") if code else (1005, ""))
     answer = answers[0]
     assert answer is not None
