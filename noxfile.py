@@ -84,6 +84,13 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """The tests against any input, with many more examples."""
+    session.install("-e", ".", *group("test"))
+    session.run("pytest", "-m", "fuzz", "--hypothesis-profile", "fuzz", "--timeout", "0", *session.posargs)
+
+
+@nox.session
 def examples(session: nox.Session) -> None:
     """Every example, run, and the documentation's."""
     session.install("-e", ".", *group("examples"))

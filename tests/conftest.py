@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fuzz", max_examples=20_000)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ _LIST = b"/v1/models/"
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE).sub
 # Encoded slashes, backslashes and NULs: decoded by some servers before they route, by others after.
 _AMBIGUOUS = re.compile(rb"%(?:2f|5c|00)|\\|//", re.IGNORECASE).search
+_ESCAPE = re.compile(rb"%[0-9A-Fa-f]{2}").search
 
 
 class Target(NamedTuple):
@@ -44,7 +45,8 @@ def read_target(scope: MutableMapping[str, Any]) -> Target:
 
     Raises:
         InvalidTarget: not origin-form (RFC 9112 §3.2.1), or characters that no target may have.
-        InvalidPath: dot segments, raw or encoded; encoded slashes, backslashes, NULs; empty segments.
+        InvalidPath: dot segments, raw or encoded; encoded slashes, backslashes, NULs; empty segments; escapes inside
+            of escapes.
         UriTooLong: over ``MAX_TARGET_BYTES``.
     """
     raw = _raw_path(scope)
@@ -71,6 +73,8 @@ def _checked(raw: bytes, root_path: str) -> tuple[bytes, str]:
     if _AMBIGUOUS(raw):
         raise InvalidPath("The path has an encoded slash, a backslash, a NUL or an empty segment.")
     decoded = unquote_to_bytes(raw)
+    if _ESCAPE(decoded):  # a chain of servers may decode twice
+        raise InvalidPath("The path is encoded twice.")
     segments = decoded.split(b"/")
     if b"." in segments or b".." in segments:
         raise InvalidPath("The path has dot segments.")

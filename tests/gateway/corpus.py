@@ -196,7 +196,7 @@ TARGETS = {
     "an encoded backslash": Case(get(b"/m/v1/%5c..%5cmetrics")),
     "a NUL": Case(get(b"/m/v1/echo\0")),
     "an encoded NUL": Case(get(b"/m/v1/echo%00")),
-    "encoded twice": Case(get(b"/m/v1/%252e%252e/metrics"), (REFUSED, got(b"/v1/%252e%252e/metrics"))),
+    "encoded twice": Case(get(b"/m/v1/%252e%252e/metrics")),
     "a broken escape": Case(get(b"/m/v1/%e")),
     "a fragment": Case(get(b"/m/v1/echo#/../x"), (REFUSED, got())),
     "path parameters": Case(get(b"/m/v1/..;/metrics"), (REFUSED, got(b"/v1/..;/metrics"))),
