@@ -74,6 +74,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--listen-early", action="store_true", help="open the port at once, /health says 503 until loaded")
     add("--never-ready", action="store_true", help="never open the port (with --listen-early: /health stays 503)")
     add("--health-delay", type=float, default=0.0, metavar="S", help="seconds that /health takes")
+    add("--metrics", choices=["good", "none", "hang", "nonsense"], default="good", help="what /metrics does")
     add("--token-interval", type=float, default=0.0, metavar="S", help="seconds between tokens")
     add("--answer-delay", type=float, default=0.0, metavar="S", help="seconds before anything of an answer is sent")
     add("--hang", action="store_true", help="healthy, but generates nothing")
@@ -390,6 +391,8 @@ class Server:
         self.asleep: set[str] = set()
         self.weights_lost = False
         self.last_close: list[object] = []
+        self.prompt_tokens = self.finished = 0
+        self.seconds = 0.0
         self.running = self.requests = self.aborted = self.connections = self.tokens = self.iterations = 0
 
     async def route(self, request: Request, out: Connection) -> None:
@@ -403,8 +406,11 @@ class Server:
             and request.header("authorization") != f"Bearer {options.api_key}"
         ):
             await out.respond_json({"error": "Unauthorized"}, 401)
-        elif path == "/metrics":
-            await out.respond(200, self.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
+        elif path == "/metrics" and options.metrics != "none":
+            if options.metrics == "hang":
+                await asyncio.Event().wait()
+            text = self.metrics() + ("nonsense\n" if options.metrics == "nonsense" else "")
+            await out.respond(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
         elif path in SLEEP_ROUTES and options.enable_sleep_mode and os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
             await self.sleep_route(request, out)
         elif path == "/version":
@@ -481,12 +487,14 @@ class Server:
 
     async def counted(self, request: Request, document: dict[str, Any], out: Connection) -> None:
         self.running += 1
-        finished = False
+        finished, began = False, time.monotonic()
         try:
             await self.generate(request, document, out)
             finished = True
         finally:
             self.running -= 1
+            self.finished += finished
+            self.seconds += time.monotonic() - began
             self.aborted += not finished
 
     async def generate(self, request: Request, document: dict[str, Any], out: Connection) -> None:
@@ -495,6 +503,7 @@ class Server:
             return await out.respond_json(error("as asked", "StubError", int(status)), int(status))
         await self.awake.wait()
         form = FORMS[request.path](document, options.names[0])
+        self.prompt_tokens += form.prompt_tokens
         if self.weights_lost:
             form.vocabulary = ["!"]
         await self.pause(request.number("answer-delay", options.answer_delay) or 0.0)
@@ -561,19 +570,32 @@ class Server:
         raise CutShort
 
     def metrics(self) -> str:
-        labels = f'{{engine="0",model_name="{self.options.names[0]}"}}'
-        values = {
+        """A handful of vLLM's, under their names and with its labels."""
+        labels = f'engine="0",model_name="{self.options.names[0]}"'
+        simple = {
             "vllm:num_requests_running gauge": self.running,
             "vllm:num_requests_waiting gauge": 0,
             "vllm:kv_cache_usage_perc gauge": 0,
+            "vllm:prompt_tokens_total counter": self.prompt_tokens,
             "vllm:generation_tokens_total counter": self.tokens,
-            "vllm:iteration_tokens_total_sum histogram": self.tokens,
-            "vllm:iteration_tokens_total_count histogram": self.iterations,
+            "vllm:prefix_cache_queries_total counter": self.prompt_tokens,
+            "vllm:prefix_cache_hits_total counter": 0,
+            "vllm:num_preemptions_total counter": 0,
+        }
+        histograms = {
+            "vllm:iteration_tokens_total": (self.iterations, self.tokens),
+            "vllm:time_to_first_token_seconds": (self.finished, self.seconds),
+            "vllm:inter_token_latency_seconds": (self.tokens, self.seconds),
+            "vllm:e2e_request_latency_seconds": (self.finished, self.seconds),
         }
         lines = []
-        for key, value in values.items():
+        for key, value in simple.items():
             name, kind = key.split()
-            lines += [f"# TYPE {name} {kind}", f"{name}{labels} {float(value)}"]
+            lines += [f"# HELP {name} As vLLM's.", f"# TYPE {name} {kind}", f"{name}{{{labels}}} {float(value)}"]
+        for name, (count, total) in histograms.items():
+            lines += [f"# HELP {name} As vLLM's.", f"# TYPE {name} histogram"]
+            lines += [f'{name}_bucket{{{labels},le="{bound}"}} {float(count)}' for bound in ("1000.0", "+Inf")]
+            lines += [f"{name}_count{{{labels}}} {float(count)}", f"{name}_sum{{{labels}}} {float(total)}"]
         return "\n".join([*lines, ""])
 
     async def test_route(self, request: Request, out: Connection) -> None:

@@ -16,6 +16,7 @@ import anyio
 import click
 import pytest
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 import fluidmcp_proxy
@@ -216,6 +217,34 @@ def test_the_parts_of_an_access_line() -> None:
     line = re.search(r"INFO    (.*)", text)
     assert line is not None
     assert re.findall(r"(\w+)=", line[1]) == list(RequestRecord._fields[3:])
+
+
+def test_the_table_of_metrics() -> None:
+    rows = re.findall(r"^\| (`fluidmcp_[^|]*) \| (\w+) \| ([^|]*) \|", text_of("observability.md"), re.MULTILINE)
+    documented = {
+        name: (kind, set(re.findall(r"\w+", labels)))
+        for names, kind, labels in rows
+        for name in re.findall(r"\w+", names)
+    }
+    with stub() as port, TestClient(replicated(port)) as client:
+        client.get("/m/v1/models")
+        told = list(text_string_to_metric_families(client.get("/metrics").text))
+    ours = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            {name for sample in family.samples for name in sample.labels} - {"le"},
+        )
+        for family in told
+        if family.name.startswith("fluidmcp_")
+    }
+    assert {name: kind for name, (kind, _) in documented.items()} == {name: kind for name, (kind, _) in ours.items()}
+    for name, (_, labels) in ours.items():
+        assert labels <= documented[name][1], name
+
+
+def replicated(port: int) -> Gateway:
+    endpoints = [{"base_url": f"http://127.0.0.1:{port}/v1"}, {"base_url": "http://127.0.0.1:9/v1"}]
+    return Gateway(parse_config({"llmModels": {"m": {"endpoints": endpoints}}}, environ={}))
 
 
 # Quotations

@@ -34,10 +34,11 @@ async def respond(
     headers: Iterable[tuple[bytes, bytes]] = (),
     *,
     with_body: bool = True,
+    media_type: bytes = b"application/json",
 ) -> None:
-    """Answer with a JSON body; a HEAD request gets its length only."""
+    """Answer with a body; a HEAD request gets its length only."""
     fields = [
-        (b"content-type", b"application/json"),
+        (b"content-type", media_type),
         (b"content-length", str(len(body)).encode()),
         *headers,
         (b"x-request-id", request_id),

@@ -20,6 +20,7 @@ from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.record import RequestRecord
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
 from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Router, Unified, speaks_anthropic
+from fluidmcp_proxy.gateway.tally import Tally
 from fluidmcp_proxy.gateway.target import Target, read_target
 from fluidmcp_proxy.gateway.unified import choose_model
 from fluidmcp_proxy.gateway.websocket import HANDSHAKE_HEADERS, Handshake, WebSocketRelay, refuse
@@ -66,6 +67,7 @@ class Gateway:
             for name, model in config.models.items()
         }
         self._fleet: Fleet | None = None
+        self._tally = Tally()
         self._clients: dict[str, httpx.AsyncClient] = {}
 
     def __repr__(self) -> str:
@@ -83,6 +85,7 @@ class Gateway:
         """
         if self._fleet is not None:
             raise RuntimeError("this gateway is running already; compose its lifespan once")
+        _exposition()  # now, not under load
         for warning in self.config.warnings:
             logger.warning("%s", warning)
         try:
@@ -149,8 +152,9 @@ class Gateway:
             elif isinstance(route, Unified):
                 await self._forward_by_name(target, request)
             else:
-                status, body = await self._page(route)
-                await respond(send, status, body, request.id, with_body=scope["method"] != "HEAD")
+                answer = await self._page(route)
+                await respond(send, *answer[:2], request.id, media_type=answer[2], with_body=scope["method"] != "HEAD")
+                self._end(request, answer.status, "complete")
         except ClientDisconnected:
             self._end(request, None, "client_left")
         except GatewayError as error:
@@ -217,9 +221,11 @@ class Gateway:
         self._end(request, relay.status or None, relay.outcome, relay.code)
 
     def _end(self, request: _Request, status: int | None, outcome: str, code: str = "-") -> None:
-        """The one place where a request is accounted for."""
+        """The one place where a request is accounted for. That a page was shown is counted, and has no line."""
         record = request.record(status, outcome, code)
-        if access_log.isEnabledFor(logging.INFO):
+        self._tally.count(record)
+        is_page = record.model == "-" and outcome == "complete"
+        if not is_page and access_log.isEnabledFor(logging.INFO):
             # Not access_log.info(), which would walk the stack for the place of this line.
             access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, record, (), None))
 
@@ -255,6 +261,8 @@ class Gateway:
             await fleet.catalog.refresh()
             catalog = fleet.catalog
             return pages.listed(catalog, route.name) if isinstance(route, ListedModel) else pages.listing(catalog)
+        if route is Page.METRICS:
+            return pages.Answer(200, await _exposition()(self._tally, fleet), pages.PROMETHEUS)
         if isinstance(route, ModelPage):
             return pages.model(fleet.scheduler, route.model)
         return pages.models(fleet.scheduler)
@@ -330,6 +338,13 @@ class _LeasedTransport:
 
     async def aclose(self) -> None:
         """Leave the connections to the gateway."""
+
+
+def _exposition() -> Callable[[Tally, Fleet], Awaitable[bytes]]:
+    """Imported when a gateway runs: prometheus_client looks around in ``/proc`` when it is."""
+    from fluidmcp_proxy.gateway.metrics import exposition
+
+    return exposition
 
 
 @asynccontextmanager

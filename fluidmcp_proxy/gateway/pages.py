@@ -1,19 +1,27 @@
-"""The gateway's own answers: health, readiness, the state of the models. Values in, JSON out."""
+"""The gateway's own answers: health, readiness, the state of the models. Values in, bytes out."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from fluidmcp_proxy.models.catalog import Catalog
 from fluidmcp_proxy.models.scheduler import Scheduler
 from fluidmcp_proxy.models.state import ModelStatus
 
-__all__ = ["health", "listed", "listing", "model", "models", "ready"]
+__all__ = ["JSON", "PROMETHEUS", "Answer", "health", "listed", "listing", "model", "models", "ready"]
 
-Answer = tuple[int, bytes]
-"""Status and JSON body."""
+JSON = b"application/json"
+PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+class Answer(NamedTuple):
+    """What is sent."""
+
+    status: int
+    body: bytes
+    media_type: bytes = JSON
 
 
 def health() -> Answer:
@@ -55,4 +63,4 @@ def _described(scheduler: Scheduler, status: ModelStatus) -> dict[str, Any]:
 
 
 def _json(status: int, value: object) -> Answer:
-    return status, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return Answer(status, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())

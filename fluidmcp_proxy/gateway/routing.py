@@ -91,6 +91,7 @@ class Page(Enum):
 
     HEALTH = "/health"
     READY = "/ready"
+    METRICS = "/metrics"
     MODELS = "/models"
     LIST = "/v1/models"
 

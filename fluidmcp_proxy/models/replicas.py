@@ -15,6 +15,7 @@ import anyio
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import GatewayError
 from fluidmcp_proxy.models.pool import Pool, Replica
+from fluidmcp_proxy.models.server import Server
 from fluidmcp_proxy.models.state import ModelState, ModelStatus, Phase, ReplicaStatus
 from fluidmcp_proxy.upstream.client import Transport
 
@@ -46,6 +47,11 @@ class ReplicaSet:
         return f"<ReplicaSet {self.config.id!r} {[str(server.status.state) for server in self._servers]}>"
 
     # What others may see
+
+    @property
+    def servers(self) -> Sequence[Server]:
+        """The replicas' own, in their order."""
+        return tuple(self._servers)
 
     @property
     def transport(self) -> Transport | None:

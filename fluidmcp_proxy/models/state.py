@@ -68,7 +68,8 @@ class ModelStatus:
     its server ended last, ``reason`` is a word for a program (``port_in_use``, ``exited``, ``startup_timeout`` …) and
     ``message`` a sentence for a person, both of the last failure; while it loads,
     ``progress`` is what the server said last, ``stage`` what it does (``models.progress.Stage``) and ``percent`` how
-    much of that is done, where it says so; ``replicas`` has each server of a model with several, and the rest is then
+    much of that is done, where it says so; ``load_seconds`` is how long its last start, or waking up, took until ready;
+    ``replicas`` has each server of a model with several, and the rest is then
     about the best of them.
     """
 
@@ -85,6 +86,7 @@ class ModelStatus:
     progress: str | None = None
     stage: str | None = None
     percent: int | None = None
+    load_seconds: float | None = None
     replicas: tuple[ReplicaStatus, ...] = ()
 
 

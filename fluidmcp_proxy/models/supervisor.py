@@ -371,11 +371,11 @@ class Supervisor:
         self._status = replace(self._status, state=ModelState.FAILED, since=time.time(), pid=None, message=message)
         self._wake()
 
-    def _become(self, state: ModelState, **changes: str | int | None) -> None:
+    def _become(self, state: ModelState, **changes: str | float | None) -> None:
         old = self._status.state
         assert old.may_become(state), (old, state)
         if state is ModelState.READY:
-            changes = {"reason": None, "message": None}
+            changes = {"reason": None, "message": None, "load_seconds": anyio.current_time() - self._entered}
         self._status = replace(self._status, state=state, since=time.time(), **changes)  # type: ignore[arg-type]
         self._asleep = state is ModelState.ASLEEP or (self._asleep and state is ModelState.STOPPING)
         self._entered = anyio.current_time()
