@@ -139,12 +139,13 @@ class GatewayProtocol(HttpToolsProtocol):
 class _GatheringTransport:
     """A transport that holds the head of an answer back until the next write, at most for a turn of the event loop."""
 
-    __slots__ = ("_head", "_loop", "_transport")
+    __slots__ = ("_head", "_loop", "_transport", "is_closing")
 
     def __init__(self, transport: Any, loop: Any) -> None:
         self._transport = transport
         self._loop = loop
         self._head = b""
+        self.is_closing = transport.is_closing  # asked for with every request; __getattr__ is slow
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
