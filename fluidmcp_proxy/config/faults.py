@@ -71,6 +71,7 @@ _REMEDIES = {
     "invalid_key": "put the name in double quotes",
     "int_from_float": "write it without a fraction",
     "int_parsing": "write digits only",
+    "bool_parsing": "write true or false",
     "float_parsing": "write a number such as 30 or 0.5",
     "finite_number": "write an ordinary number",
     "greater_than": "write a larger number",

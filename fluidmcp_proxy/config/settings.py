@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,6 +57,12 @@ def _bindable(host: str) -> str:
     return host
 
 
+def _traceable(tracing: bool) -> bool:
+    if tracing and find_spec("opentelemetry") is None:
+        raise refusal("needs OpenTelemetry, which is not installed", "pip install 'fluidmcp-proxy[otel]'")
+    return tracing
+
+
 _Folder = Annotated[Path, Field(strict=False), BeforeValidator(_nameable)]
 
 
@@ -81,6 +88,9 @@ class GatewaySection(BaseModel):
     )
     log_level: LogLevel = Field("info", description="How much is logged.")
     log_format: LogFormat = Field("text", description="Lines for people, or one JSON object a line.")
+    tracing: Annotated[bool, AfterValidator(_traceable)] = Field(
+        False, description="Whether OpenTelemetry spans are made; needs the extra otel."
+    )
     log_dir: _Folder | None = Field(
         None,
         description=(

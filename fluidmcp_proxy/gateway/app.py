@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fluidmcp_proxy.config.models import GatewayConfig
@@ -34,6 +35,8 @@ from fluidmcp_proxy.upstream.headers import pick_request_id, request_headers, re
 
 if TYPE_CHECKING:
     import httpx
+
+    from fluidmcp_proxy.gateway.tracing import Trace
 
 __all__ = ["Gateway", "access_log"]
 
@@ -68,6 +71,7 @@ class Gateway:
         }
         self._fleet: Fleet | None = None
         self._tally = Tally()
+        self._begin_trace = _trace_type() if config.settings.tracing else None
         self._clients: dict[str, httpx.AsyncClient] = {}
 
     def __repr__(self) -> str:
@@ -190,7 +194,7 @@ class Gateway:
             request.id,
             self.config.settings.max_body_bytes,
         )
-        relay = WebSocketRelay(handshake, lease, request.receive, request.send)
+        relay = WebSocketRelay(handshake, lease, request.receive, request.send, self._trace(request, lease))
         await self._run(relay, request)
 
     async def _forward_by_name(self, target: Target, request: _Request) -> None:
@@ -206,8 +210,15 @@ class Gateway:
         request.lease = lease
         wants_news = asks_for_progress(request.noted)
         news = (lambda: what_it_does(self.status(route.model))) if wants_news else None
-        relay = Relay(self._outgoing(route, request), body, lease, request.send, news)
+        trace = self._trace(request, lease)
+        relay = Relay(self._outgoing(route, request), body, lease, request.send, news, trace)
         await self._run(relay, request)
+
+    def _trace(self, request: _Request, lease: Lease) -> Trace | None:
+        if self._begin_trace is not None:
+            status = partial(self.status, request.model)
+            request.trace = self._begin_trace(request.headers, request.elapsed, lease, status)
+        return request.trace
 
     async def _run(self, relay: Relay | WebSocketRelay, request: _Request) -> None:
         try:
@@ -224,6 +235,8 @@ class Gateway:
         """The one place where a request is accounted for. That a page was shown is counted, and has no line."""
         record = request.record(status, outcome, code)
         self._tally.count(record)
+        if request.trace is not None:
+            request.trace.end(record)
         is_page = record.model == "-" and outcome == "complete"
         if not is_page and access_log.isEnabledFor(logging.INFO):
             # Not access_log.info(), which would walk the stack for the place of this line.
@@ -278,7 +291,20 @@ class Gateway:
 class _Request:
     """What goes with a request through this module."""
 
-    __slots__ = ("_began", "anthropic", "headers", "id", "lease", "model", "noted", "receive", "route", "scope", "send")
+    __slots__ = (
+        "_began",
+        "anthropic",
+        "headers",
+        "id",
+        "lease",
+        "model",
+        "noted",
+        "receive",
+        "route",
+        "scope",
+        "send",
+        "trace",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._began = time.perf_counter()
@@ -292,6 +318,12 @@ class _Request:
         self.anthropic = speaks_anthropic(scope["path"])
         self.route = self.model = "-"
         self.lease: Lease | None = None
+        self.trace: Trace | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it came."""
+        return time.perf_counter() - self._began
 
     def outcome_of(self, error: GatewayError) -> str:
         """How a request ends that is answered with ``error``."""
@@ -301,8 +333,7 @@ class _Request:
 
     def record(self, status: int | None, outcome: str, code: str) -> RequestRecord:
         """What is known of it, now that it is over."""
-        began, lease = self._began, self.lease
-        seconds = time.perf_counter() - began
+        began, lease, seconds = self._began, self.lease, self.elapsed
         method = self.scope.get("method", "WEBSOCKET")
         about = self.id.decode(), method, self.route, self.model, status
         if lease is None:
@@ -338,6 +369,13 @@ class _LeasedTransport:
 
     async def aclose(self) -> None:
         """Leave the connections to the gateway."""
+
+
+def _trace_type() -> type[Trace]:
+    """Imported when it is wanted: OpenTelemetry is an extra."""
+    from fluidmcp_proxy.gateway.tracing import Trace
+
+    return Trace
 
 
 def _exposition() -> Callable[[Tally, Fleet], Awaitable[bytes]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
@@ -20,6 +20,9 @@ from fluidmcp_proxy.gateway.sse import EventSplitter, is_event_stream
 from fluidmcp_proxy.models.scheduler import Lease
 from fluidmcp_proxy.upstream.client import Response, Transport
 from fluidmcp_proxy.upstream.headers import response_headers
+
+if TYPE_CHECKING:
+    from fluidmcp_proxy.gateway.tracing import Trace
 
 __all__ = ["AnswerTruncated", "Outgoing", "Relay"]
 
@@ -49,10 +52,16 @@ class Relay:
     ``upstream_died`` and ``cut``. The answer's body is counted in the lease.
     """
 
-    __slots__ = ("_body", "_error", "_events", "_lease", "_news", "_outgoing", "_send", "outcome", "status")
+    __slots__ = ("_body", "_error", "_events", "_lease", "_news", "_outgoing", "_send", "_trace", "outcome", "status")
 
     def __init__(
-        self, outgoing: Outgoing, body: RequestBody, lease: Lease, send: Send, news: Callable[[], str] | None = None
+        self,
+        outgoing: Outgoing,
+        body: RequestBody,
+        lease: Lease,
+        send: Send,
+        news: Callable[[], str] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """``news`` says what the model does, for a client that wants to be told while it waits."""
         self._outgoing = outgoing
@@ -60,6 +69,7 @@ class Relay:
         self._lease = lease
         self._send = send
         self._news = news
+        self._trace = trace
         self._events: EventSplitter | None = None
         self._error: GatewayError | None = None
         self.status = 0
@@ -103,7 +113,9 @@ class Relay:
             try:
                 async with (
                     self._lease if self._news is None or not is_streamed(body) else self._told(self._news) as transport,
-                    transport.exchange(out.method, out.target, out.headers, body) as answer,
+                    (transport if self._trace is None else self._trace.over(transport)).exchange(
+                        out.method, out.target, out.headers, body
+                    ) as answer,
                 ):
                     await self._answer(answer)
                 return

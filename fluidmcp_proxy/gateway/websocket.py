@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -18,6 +18,9 @@ from fluidmcp_proxy.models.scheduler import Lease
 from fluidmcp_proxy.upstream.endings import HandshakeRefused, WebSocketClosed, can_be_sent, fit_reason
 from fluidmcp_proxy.upstream.headers import response_headers
 from fluidmcp_proxy.upstream.websocket import WebSocket
+
+if TYPE_CHECKING:
+    from fluidmcp_proxy.gateway.tracing import Trace
 
 __all__ = ["HANDSHAKE_HEADERS", "Handshake", "WebSocketRelay", "refuse"]
 
@@ -67,15 +70,20 @@ class WebSocketRelay:
     messages are counted in the lease.
     """
 
-    __slots__ = ("_end", "_handshake", "_lease", "_left", "_open", "_receive", "_send", "_socket", "outcome", "status")
+    __slots__ = (
+        "_end", "_handshake", "_lease", "_left", "_open", "_receive", "_send", "_socket", "_trace", "outcome", "status",
+    )  # fmt: skip
 
     _socket: WebSocket
 
-    def __init__(self, handshake: Handshake, lease: Lease, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, handshake: Handshake, lease: Lease, receive: Receive, send: Send, trace: Trace | None = None
+    ) -> None:
         self._handshake = handshake
         self._lease = lease
         self._receive = receive
         self._send = send
+        self._trace = trace
         self._open = anyio.Event()
         self._left: tuple[int, str] | None = None
         self._end: GatewayError | HandshakeRefused | WebSocketClosed | None = None
@@ -115,7 +123,7 @@ class WebSocketRelay:
             try:
                 async with (
                     self._lease as transport,
-                    transport.open_websocket(
+                    (transport if self._trace is None else self._trace.over(transport)).open_websocket(
                         asked.target, asked.headers, asked.subprotocols, max_message=asked.max_message
                     ) as socket,
                 ):

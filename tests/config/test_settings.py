@@ -28,6 +28,7 @@ def test_defaults() -> None:
         "drain_timeout": 30.0,
         "log_level": "info",
         "log_format": "text",
+        "tracing": False,
     }
     assert settings.log_dir == Path("/h/.local/state/fluidmcp")
     assert settings.runtime_dir.name == f"fluidmcp-{os.getuid()}"
@@ -60,11 +61,12 @@ def test_every_variable_is_read() -> None:
             "FLUIDMCP_CONFIG": "/c.json", "FLUIDMCP_HOST": "::1", "FLUIDMCP_PORT": "0", "FLUIDMCP_MAX_BODY_BYTES": "1",
             "FLUIDMCP_BODY_TIMEOUT": "2.5", "FLUIDMCP_DRAIN_TIMEOUT": "1.5", "FLUIDMCP_LOG_LEVEL": "WARNING",
             "FLUIDMCP_LOG_DIR": "/l", "FLUIDMCP_RUNTIME_DIR": "/r", "FLUIDMCP_LOG_FORMAT": "JSON",
+            "FLUIDMCP_TRACING": "true",
         }
     )  # fmt: skip
     assert settings.model_dump() == {
         "config": Path("/c.json"), "host": "::1", "port": 0, "max_body_bytes": 1, "body_timeout": 2.5,
-        "drain_timeout": 1.5, "log_level": "warning", "log_format": "json",
+        "drain_timeout": 1.5, "log_level": "warning", "log_format": "json", "tracing": True,
         "log_dir": Path("/l"), "runtime_dir": Path("/r"),
     }  # fmt: skip
 
@@ -80,7 +82,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
         ("DRAIN_TIMEOUT", "nan"), ("BODY_TIMEOUT", "0"),
         ("DRAIN_TIMEOUT", "inf"), ("DRAIN_TIMEOUT", "-1"), ("LOG_LEVEL", "loud"), ("HOST", "a b"), ("HOST", "http://x"),
         ("HOST", "localhost:80"), ("HOST", "[::1]"),
-        ("LOG_DIR", "a\0b"), ("LOG_FORMAT", "xml"),
+        ("LOG_DIR", "a\0b"), ("LOG_FORMAT", "xml"), ("TRACING", "maybe"),
     ],
 )  # fmt: skip
 def test_a_bad_variable_is_named(name: str, value: str) -> None:
