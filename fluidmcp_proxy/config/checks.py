@@ -14,7 +14,8 @@ from .endpoint import LOOPBACK, Endpoint, canonical_host
 from .faults import json_path, shown
 from .models import RESERVED_IDS, ModelConfig, Start
 from .replicas import replica_ids
-from .settings import Settings
+from .settings import Settings, variable
+from .sources import is_loopback
 
 
 def check_upstreams(models: Mapping[str, ModelConfig], settings: Settings) -> None:
@@ -48,6 +49,35 @@ def check_aliases(models: Mapping[str, ModelConfig]) -> None:
                 where = json_path("llmModels", model.id, "aliases", index)
                 raise ConfigError("invalid_value", f"{shown(alias)} {taken[alias]}", path=where, remedy="rename it")
             taken[alias] = f"is an alias of model {shown(model.id)} already"
+
+
+def check_keys(models: Mapping[str, ModelConfig], settings: Settings, environ: Mapping[str, str]) -> None:
+    """Raise ``ConfigError`` ``invalid_value``: two keys that are one or share a name, a model that there is not."""
+    names: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for setting, keys in (("api_keys", settings.api_keys), ("admin_keys", settings.admin_keys)):
+        source = variable(setting) if environ.get(variable(setting)) else ""
+        for place, key in enumerate(keys):
+            where = json_path(place) if source else json_path("gateway", setting, place)
+            problem = remedy = ""
+            if key.name in names:
+                problem, remedy = f"another key is called {shown(key.name)}, too", "rename one of them"
+            elif key.sha256 in digests:
+                problem, remedy = f"is the same key as {shown(digests[key.sha256])}", "remove one of them"
+            elif unknown := [model for model in key.models or () if model not in models]:
+                problem, remedy = f"there is no model {shown(unknown[0])}", f"the models are {', '.join(models)}"
+            if problem:
+                raise ConfigError("invalid_value", problem, path=where, remedy=remedy, source=source)
+            names[key.name] = digests[key.sha256] = key.name
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raise ``ConfigError`` ``invalid_value``: others can reach the address that is bound, and no key is asked for."""
+    if is_loopback(settings.host) or settings.api_keys or settings.allow_open:
+        return
+    problem = f"{settings.host} can be reached from elsewhere, and there are no api_keys: anybody may use the models"
+    remedy = "set api_keys (FLUIDMCP_API_KEYS), or allow_open (FLUIDMCP_ALLOW_OPEN=true, --allow-open) if that is meant"
+    raise ConfigError("invalid_value", problem, path="gateway.host", remedy=remedy)
 
 
 def _refuse_gateway(model: ModelConfig, settings: Settings) -> None:

@@ -54,6 +54,9 @@ _PROBLEMS = {
     "string_pattern_mismatch": "has characters that do not belong there",
     "int_parsing": "must be a whole number",
     "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+    "missing": "is missing",
+    "too_short": "is empty",
     "finite_number": "must be a finite number",
 }
 _REMEDIES = {
@@ -73,6 +76,9 @@ _REMEDIES = {
     "int_parsing": "write digits only",
     "bool_parsing": "write true or false",
     "float_parsing": "write a number such as 30 or 0.5",
+    "bool_parsing": "write true or false",
+    "missing": "write it",
+    "too_short": "write one at least, or leave the key out",
     "finite_number": "write an ordinary number",
     "greater_than": "write a larger number",
     "greater_than_equal": "write a larger number",
@@ -84,6 +90,7 @@ _REMEDIES_BY_KEY = {
     "readiness_path": "write an absolute path such as /health",
     "base_url": "write it like http://localhost:8001/v1",
     "host": "write a name or an address such as 127.0.0.1",
+    "name": "use 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit",
 }
 
 
@@ -141,8 +148,8 @@ def from_validation(
 ) -> ConfigError:
     """The first fault of pydantic's list in our words.
 
-    ``known`` has the known keys of each object that may have unknown ones, by its place below ``parents``. The
-    pydantic error itself is not chained by callers: it carries the values.
+    ``known`` has the known keys of each object that may have unknown ones, by its place below ``parents`` without the
+    numbers of list elements. The pydantic error itself is not chained by callers: it carries the values.
     """
     first, *others = error.errors(include_url=False)
     if first["type"] == "missing":  # perhaps only misspelt

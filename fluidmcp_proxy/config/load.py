@@ -14,7 +14,7 @@ from typing import Any
 from fluidmcp_proxy.errors import ConfigError
 
 from .advice import warnings_for
-from .checks import check_aliases, check_groups, check_upstreams
+from .checks import check_aliases, check_groups, check_keys, check_upstreams
 from .document import read_document
 from .entry import parse_entry
 from .faults import json_path, kind, shown, unknown_key
@@ -76,6 +76,7 @@ def _parse(
     check_aliases(models)
     check_upstreams(models, settings)
     check_groups(models)
+    check_keys(models, settings, environ)
     warnings = [warning for model in models.values() for warning in warnings_for(model, environ)]
     warnings += wrapper_warnings(sections["mcpServers"], sections["llmModels"])
     return GatewayConfig(models=models, settings=settings, source=source, warnings=tuple(warnings))

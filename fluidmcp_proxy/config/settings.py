@@ -6,10 +6,12 @@ The only module that reads the environment. It reads it when asked, never on imp
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +24,8 @@ from fluidmcp_proxy.errors import ConfigError
 
 from .arguments import read_arguments
 from .faults import from_validation, nearest, refusal, shown
+from .keys import FIELDS, Key, all_opening, expanded, named
+from .sources import allowed_host, allowed_origin
 
 if TYPE_CHECKING:
     from .models import ModelConfig
@@ -37,6 +41,9 @@ _SERVICE_LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UD
 _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 _FOLDERS = ("log_dir", "runtime_dir")
+_KEYS = ("api_keys", "admin_keys")
+_KNOWN_BELOW: dict[tuple[str, ...], tuple[str, ...]] = dict.fromkeys([(name,) for name in _KEYS], FIELDS)
+_LISTS = (*_KEYS, "allowed_hosts", "allowed_origins")
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 LogFormat = Literal["text", "json"]
@@ -76,6 +83,28 @@ class GatewaySection(BaseModel):
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8099, description="Port that the gateway binds; 0: any free one."
+    )
+    api_keys: Annotated[tuple[Key, ...], Field(strict=False), AfterValidator(partial(named, prefix="key"))] = Field(
+        (), description="Keys of which a request needs one; none: whoever reaches the gateway may use the models."
+    )
+    admin_keys: Annotated[
+        tuple[Key, ...],
+        Field(strict=False),
+        AfterValidator(all_opening),
+        AfterValidator(partial(named, prefix="admin")),
+    ] = Field((), description="Keys that open everything.")
+    allow_open: bool = Field(
+        False, description="Whether `fluidmcp run` may bind an address that others can reach without api_keys."
+    )
+    allowed_hosts: Annotated[tuple[Annotated[str, AfterValidator(allowed_host)], ...], Field(strict=False)] = Field(
+        (),
+        description=(
+            "Hosts that requests may name besides localhost, without a port; *.example.com for all below one, * for "
+            "any. None: only `fluidmcp run` on a loopback address looks at the Host."
+        ),
+    )
+    allowed_origins: Annotated[tuple[Annotated[str, AfterValidator(allowed_origin)], ...], Field(strict=False)] = Field(
+        (), description="Origins of other sites whose pages may use the gateway from a browser (CORS); * for any."
     )
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
         64 * 1024 * 1024, description="The largest request body in bytes."
@@ -130,7 +159,7 @@ class Settings(BaseSettings, GatewaySection):
 
 
 class EnvironmentSource(PydanticBaseSettingsSource):
-    """The ``FLUIDMCP_*`` variables of a mapping; an empty one counts as unset."""
+    """The ``FLUIDMCP_*`` variables of a mapping; an empty one counts as unset. Lists are in JSON."""
 
     def __init__(self, settings_cls: type[BaseSettings], environ: Mapping[str, str]) -> None:
         super().__init__(settings_cls)
@@ -143,7 +172,7 @@ class EnvironmentSource(PydanticBaseSettingsSource):
             value = None
         if value is not None and field_name in ("log_level", "log_format"):
             value = value.lower()
-        return value, field_name, False
+        return _list_in(value, field_name) if value and field_name in _LISTS else value, field_name, False
 
     def __call__(self) -> dict[str, Any]:
         """The values that are set."""
@@ -176,7 +205,7 @@ def read_settings(
     """
     environ = environment() if environ is None else environ
     _refuse_unknown_variables(environ)
-    written = _section_values(section or {}, folder)
+    written = _section_values(section or {}, folder, environ)
     variables = EnvironmentSource(Settings, environ)()
     explicit = {name: value for name, value in (overrides or {}).items() if value is not None}
     unknown = set(explicit) - set(Settings.model_fields)
@@ -188,9 +217,9 @@ def read_settings(
         settings = Settings(**values)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        fault = from_validation(error, known={})
+        fault = from_validation(error, known=_KNOWN_BELOW)
         source = variable(name) if name in variables and name not in explicit else ""
-        path = "" if source else fault.path
+        path = fault.path.removeprefix(name) if source else fault.path
         raise ConfigError(fault.code, fault.problem, remedy=fault.remedy, path=path, source=source) from None
     folders = {name: Path(os.path.abspath(os.path.expanduser(getattr(settings, name)))) for name in _FOLDERS}
     return settings.model_copy(update=folders)
@@ -237,10 +266,19 @@ def server_keep_alive(model: ModelConfig, environ: Mapping[str, str] | None = No
         return None
 
 
-def _section_values(section: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
-    known: dict[tuple[str, ...], list[str]] = {(): list(GatewaySection.model_fields)}
+def _list_in(text: str, name: str) -> object:
     try:
-        parsed = GatewaySection.model_validate(section)
+        return json.loads(text)
+    except (ValueError, RecursionError):  # from None: the exception has the text, which may be a key
+        remedy = """write a JSON list of strings: '["…"]'"""
+        raise ConfigError("invalid_value", "is not JSON", remedy=remedy, source=variable(name)) from None
+
+
+def _section_values(section: Mapping[str, Any], folder: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    known = {(): tuple(GatewaySection.model_fields), **_KNOWN_BELOW}
+    keys = {name: expanded(section[name], environ, "gateway", name) for name in _KEYS if name in section}
+    try:
+        parsed = GatewaySection.model_validate({**section, **keys})
     except ValidationError as error:
         raise from_validation(error, "gateway", known=known) from None
     values = {name: getattr(parsed, name) for name in parsed.model_fields_set}
@@ -256,7 +294,7 @@ def _check_types(explicit: Mapping[str, Any]) -> None:
     try:
         GatewaySection.model_validate({name: value for name, value in explicit.items() if name != "config"})
     except ValidationError as error:
-        raise from_validation(error, known={}) from None
+        raise from_validation(error, known=_KNOWN_BELOW) from None
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:

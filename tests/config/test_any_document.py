@@ -44,11 +44,15 @@ _MODEL_KEYS = st.sampled_from(
 _ENTRY = st.dictionaries(
     _MODEL_KEYS, _JSON | st.lists(st.sampled_from(["serve", "--port", "--host", "8001", "--", "="]))
 )
+_SETTINGS = st.sampled_from(
+    ["host", "port", "log_dir", "log_level", "api_keys", "admin_keys", "allow_open", "allowed_hosts", "allowed_origins"]
+)
+_KEY = st.text() | st.dictionaries(st.sampled_from(["name", "key", "sha256", "models", "x"]), _JSON)
 _DOCUMENT = st.fixed_dictionaries(
     {},
     optional={
         "llmModels": st.dictionaries(st.sampled_from(["a", "b", "v1", "\n"]), _ENTRY | _JSON, max_size=2) | _JSON,
-        "gateway": st.dictionaries(st.sampled_from(["host", "port", "log_dir", "log_level"]), _JSON) | _JSON,
+        "gateway": st.dictionaries(_SETTINGS, _JSON | st.lists(_KEY)) | _JSON,
         "mcpServers": st.dictionaries(
             st.text(max_size=4), st.dictionaries(st.sampled_from(["command", "args", "env"]), _JSON) | _JSON
         )
