@@ -41,6 +41,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 INLINE = re.compile(r"`(fluidmcp [a-z][^`…]*)`")
 VARIABLES = {"HF_TOKEN": "hf_example", "OPENAI_API_KEY": "sk-example"}
+VARIABLES |= {name: f"{name}-0123456789abcdef" for name in ("ALICE_KEY", "OPS_KEY")}
 
 
 def text_of(page: str) -> str:

@@ -50,6 +50,16 @@ def running(app: Gateway) -> Iterator[TestClient]:
         yield client
 
 
+def with_settings(**settings: Any) -> Gateway:
+    models = {"m": {"endpoints": {"base_url": f"http://127.0.0.1:{free_port()}/v1"}}}
+    return Gateway(parse_config({"llmModels": models, "gateway": settings}, environ={}))
+
+
+def invalid_api_key() -> Any:
+    with running(with_settings(api_keys=["0123456789abcdef"])) as client:
+        return client.get("/m/v1/models")
+
+
 def model_starting() -> Any:
     with running(launching("--load-time", "600")) as client:
         return client.get("/m/v1/models", headers={"prefer": "wait=0"})
@@ -133,6 +143,7 @@ def method_not_allowed() -> Any:
 PROVOKED = (
     model_starting, model_failed, model_stopped, shutting_down, lifespan_not_running, upstream_unavailable,
     upstream_disconnected, upstream_invalid_response, upstream_timeout, method_not_allowed, queue_full, queue_timeout,
+    invalid_api_key,
 )  # fmt: skip
 
 
@@ -141,7 +152,7 @@ def test_what_the_table_says_of_headers(provoke: Any) -> None:
     answer = provoke()
     status, header = TABLE[provoke.__name__]
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, provoke.__name__)
-    told = {name for name in ("allow", "retry-after", "x-should-retry") if name in answer.headers}
+    told = {name for name in ("allow", "retry-after", "www-authenticate", "x-should-retry") if name in answer.headers}
     assert told == {header.partition(":")[0].lower()}
     if "retry-after" in told:
         assert 1 <= int(answer.headers["retry-after"]) <= 120

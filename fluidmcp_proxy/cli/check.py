@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import click
 
 from fluidmcp_proxy.config import GatewayConfig, ModelConfig, child_environment, configured_path, load_config
+from fluidmcp_proxy.config.checks import check_exposure
 from fluidmcp_proxy.config.endpoint import Endpoint
 from fluidmcp_proxy.config.faults import printable
 from fluidmcp_proxy.config.replicas import gets_a_socket
@@ -32,6 +33,7 @@ def check(config: str | None) -> None:
     """
     try:
         checked = load_config(config or configured_path())
+        check_exposure(checked.settings)
     except ConfigError as error:
         raise BadConfiguration(error) from None
     for line in report(checked):

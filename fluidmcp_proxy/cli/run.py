@@ -16,11 +16,13 @@ from fluidmcp_proxy.cli.faults import BadConfiguration
 from fluidmcp_proxy.cli.logs import Terminal, configure_logging
 from fluidmcp_proxy.cli.progress import report_progress
 from fluidmcp_proxy.cli.protocol import GatewayProtocol
-from fluidmcp_proxy.config.endpoint import LOOPBACK, canonical_host
+from fluidmcp_proxy.config.checks import check_exposure
 from fluidmcp_proxy.config.load import load_config
 from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.config.settings import LogLevel, Settings
+from fluidmcp_proxy.config.sources import is_loopback
 from fluidmcp_proxy.errors import ConfigError, ungrouped
+from fluidmcp_proxy.gateway.access import ServedBy
 from fluidmcp_proxy.gateway.app import Gateway
 
 __all__ = ["COULD_NOT_START", "run"]
@@ -29,7 +31,6 @@ COULD_NOT_START = 3
 """Exit code: the configuration is good, but the port is taken, or another gateway runs it."""
 
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
-_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _OPEN = "whoever reaches it may use the models"
 # Longer than the clients' pools keep an idle connection, so that they close it and not we (the keep-alive race).
 _KEEP_ALIVE = 75
@@ -45,22 +46,33 @@ _CUT_GRACE = 10
 @click.option("--start-server", is_flag=True, help="Accepted for FluidMCP's sake: the server is always started.")
 @click.option("--host", help="Address to bind. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to bind, 0 for any free one. [default: 8099]")
+@click.option(
+    "--allow-open", is_flag=True, default=None, help="Bind an address that others can reach although there are no keys."
+)
 @click.option("--log-level", type=click.Choice(_LOG_LEVELS, case_sensitive=False), help="[default: info]")
 def run(
-    config: str, file: bool, start_server: bool, host: str | None, port: int | None, log_level: LogLevel | None
+    config: str,
+    file: bool,
+    start_server: bool,
+    host: str | None,
+    port: int | None,
+    allow_open: bool | None,
+    log_level: LogLevel | None,
 ) -> None:
     """Start the models of CONFIG and serve their API until Ctrl-C or SIGTERM.
 
     Every model is at http://HOST:PORT/MODEL/v1 from the first second; requests wait while it loads.
 
-    Exit code 2: the configuration cannot be used; 3: the port is taken, or another gateway runs this configuration.
+    Exit code 2: the configuration cannot be used, or the address can be reached from elsewhere and there are no keys;
+    3: the port is taken, or another gateway runs this configuration.
     """
     try:
-        loaded = load_config(config, host=host, port=port, log_level=log_level)
+        loaded = load_config(config, host=host, port=port, allow_open=allow_open, log_level=log_level)
+        check_exposure(loaded.settings)
     except ConfigError as error:
         raise BadConfiguration(error) from None
     terminal = configure_logging(loaded.settings.log_level, loaded.settings.log_format)
-    if canonical_host(loaded.settings.host) != LOOPBACK or loaded.settings.host in _WILDCARDS:
+    if not is_loopback(loaded.settings.host) and not loaded.settings.api_keys:
         click.echo(f"warning: {loaded.settings.host} is open to the network, and there are no keys: {_OPEN}", err=True)
     sys.exit(serve(loaded, terminal))
 
@@ -72,7 +84,7 @@ def serve(config: GatewayConfig, terminal: Terminal) -> int:
     """
     listening = bind(config.settings)
     with listening:
-        server = _Server(Gateway(config), config.settings, listening, terminal)
+        server = _Server(Gateway(config, served_by=ServedBy.COMMAND_LINE), config.settings, listening, terminal)
         try:
             server.run(sockets=[listening])
         except KeyboardInterrupt:  # before uvicorn has taken the signals, or after

@@ -55,8 +55,6 @@ _PROBLEMS = {
     "int_parsing": "must be a whole number",
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
-    "missing": "is missing",
-    "too_short": "is empty",
     "finite_number": "must be a finite number",
 }
 _REMEDIES = {
@@ -77,8 +75,6 @@ _REMEDIES = {
     "bool_parsing": "write true or false",
     "float_parsing": "write a number such as 30 or 0.5",
     "bool_parsing": "write true or false",
-    "missing": "write it",
-    "too_short": "write one at least, or leave the key out",
     "finite_number": "write an ordinary number",
     "greater_than": "write a larger number",
     "greater_than_equal": "write a larger number",

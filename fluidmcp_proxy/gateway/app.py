@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, UpstreamError
 from fluidmcp_proxy.gateway import pages
-from fluidmcp_proxy.gateway.access import check_host, check_size, check_version
+from fluidmcp_proxy.gateway.access import ServedBy
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
+from fluidmcp_proxy.gateway.cors import answering, preflight
+from fluidmcp_proxy.gateway.entrance import Entrance, Visitor
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.record import RequestRecord
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
-from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Router, Unified, speaks_anthropic
+from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Unified, speaks_anthropic
 from fluidmcp_proxy.gateway.tally import Tally
 from fluidmcp_proxy.gateway.target import Target, read_target
 from fluidmcp_proxy.gateway.unified import choose_model
@@ -47,7 +49,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 access_log = logging.getLogger("fluidmcp_proxy.access")
 logger = logging.getLogger("fluidmcp_proxy.gateway")
 
-_NOTED = frozenset({b"content-length", b"host", b"prefer", b"transfer-encoding", b"upgrade", b"x-request-id"})
+_NOTED = frozenset(
+    {b"content-length", b"host", b"origin", b"prefer", b"transfer-encoding", b"upgrade", b"x-request-id"}
+)
 """Headers that the gateway itself reads."""
 _WAIT = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE).search
 # What X-Forwarded-Proto calls the schemes of WebSocket scopes.
@@ -58,12 +62,13 @@ class Gateway:
     """An ASGI app that runs the models of ``config`` inside its lifespan and forwards requests to them.
 
     Mounted in another app, whose server runs no lifespan for it, ``run()`` or ``lifespan`` has to be part of the host's
-    own lifespan. One gateway runs once at a time, but may run again after it has ended.
+    own lifespan. One gateway runs once at a time, but may run again after it has ended. ``served_by`` says whether
+    somebody else looks at the Host and Origin of requests.
     """
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, *, served_by: ServedBy = ServedBy.HOST_APP) -> None:
         self.config = config
-        self._router = Router(config.models)
+        self._entrance = Entrance(config, served_by)
         self._hosts = {name: address_of(model).authority for name, model in config.models.items()}
         self._authorizations = {
             name: b"Bearer " + model.api_key.get_secret_value().encode() if model.api_key else None
@@ -141,34 +146,43 @@ class Gateway:
     def claims(self, scope: Scope) -> bool:
         """Whether the path of ``scope`` begins with the id of a model."""
         try:
-            return self._router.knows(read_target(scope))
+            return self._entrance.router.knows(read_target(scope))
         except GatewayError:
             return False
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive, send)
+        origin = self._tell_browsers(request) if self._entrance.lists_origins else None
         try:
-            target = _admit(request)
-            route = self._router.route(scope["method"], target)
+            target = self._entrance.admit(scope, request.headers, request.noted)
+            if origin is not None and (allowed := preflight(scope["method"], request.headers)) is not None:
+                await respond(request.send, 200, b"", request.id, allowed)
+                self._end(request, 200, "complete")
+                return
+            self._identify(request, target)
+            route = request.visitor.router.route(scope["method"], target)
             request.route = route.label
             if isinstance(route, Forward):
                 await self._forward(route, request, self._body(request))
             elif isinstance(route, Unified):
                 await self._forward_by_name(target, request)
             else:
-                answer = await self._page(route)
-                await respond(send, *answer[:2], request.id, media_type=answer[2], with_body=scope["method"] != "HEAD")
+                answer = await self._page(route, request)
+                wants_body = scope["method"] != "HEAD"
+                await respond(request.send, *answer[:2], request.id, media_type=answer[2], with_body=wants_body)
                 self._end(request, answer.status, "complete")
         except ClientDisconnected:
             self._end(request, None, "client_left")
         except GatewayError as error:
-            await respond_with_error(scope, send, error, request_id=request.id, anthropic=request.anthropic)
+            await respond_with_error(scope, request.send, error, request_id=request.id, anthropic=request.anthropic)
             self._end(request, error.status, request.outcome_of(error), error.code)
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive, send)
         try:
-            route = self._router.route_websocket(_admit(request))
+            target = self._entrance.admit(scope, request.headers, request.noted)
+            self._identify(request, target)
+            route = request.visitor.router.route_websocket(target)
             request.route, request.model = route.label, route.model
             await self._converse(route, request)
         except GatewayError as error:
@@ -190,17 +204,27 @@ class Gateway:
         handshake = Handshake(
             route.target,
             self._headers(route, request),
-            request.scope.get("subprotocols") or (),
+            [word for word in request.scope.get("subprotocols") or () if word not in request.visitor.keys.subprotocols],
             request.id,
             self.config.settings.max_body_bytes,
         )
         relay = WebSocketRelay(handshake, lease, request.receive, request.send, self._trace(request, lease))
         await self._run(relay, request)
 
+    def _tell_browsers(self, request: _Request) -> bytes | None:
+        """Let a listed site's pages read the answer; the page's origin."""
+        origin = self._entrance.listed_origin(request.noted)
+        request.send = answering(request.send, origin)
+        return origin
+
+    def _identify(self, request: _Request, target: Target) -> None:
+        request.visitor = self._entrance.identify(request.scope, request.headers, target)
+        request.key = request.visitor.keys.name
+
     async def _forward_by_name(self, target: Target, request: _Request) -> None:
-        catalog, body = self._running().catalog, self._body(request)
+        catalog, body = request.visitor.seen(self._running().catalog), self._body(request)
         model, request.headers = await choose_model(catalog, body, request.headers, target.query)
-        route = self._router.named(model, request.scope["method"], target)
+        route = request.visitor.router.named(model, request.scope["method"], target)
         assert isinstance(route, Forward)
         await self._forward(route, request, body)
 
@@ -253,32 +277,38 @@ class Gateway:
     def _headers(self, route: Forward, request: _Request) -> list[tuple[bytes, bytes]]:
         scope, client = request.scope, request.scope.get("client")
         scheme: str = scope.get("scheme", "http")
+        spent = request.visitor.keys.headers
+        if scope["type"] == "websocket":
+            spent |= HANDSHAKE_HEADERS
         return request_headers(
             request.headers,
             host=self._hosts[route.model],
             client=client[0] if client else None,
             scheme=_HTTP_SCHEMES.get(scheme, scheme),
-            drop=HANDSHAKE_HEADERS if scope["type"] == "websocket" else (),
+            drop=spent,
             request_id=request.id,
             authorization=self._authorizations[route.model],
             http_version=scope.get("http_version", "1.1"),
         )
 
-    async def _page(self, route: Page | ModelPage | ListedModel) -> pages.Answer:
+    async def _page(self, route: Page | ModelPage | ListedModel, request: _Request) -> pages.Answer:
         if route is Page.HEALTH:
             return pages.health()
-        fleet = self._running()
+        fleet, visitor = self._running(), request.visitor
+        names = visitor.router.names
         if route is Page.READY:
-            return pages.ready(fleet.scheduler, closing=fleet.closing)
+            ready = pages.ready(fleet.scheduler, names, closing=fleet.closing)
+            return ready if visitor.is_known else ready._replace(body=b"")
         if route is Page.LIST or isinstance(route, ListedModel):
-            await fleet.catalog.refresh()
-            catalog = fleet.catalog
+            catalog = visitor.seen(fleet.catalog)
+            await catalog.refresh()
             return pages.listed(catalog, route.name) if isinstance(route, ListedModel) else pages.listing(catalog)
         if route is Page.METRICS:
+            visitor.require_all()
             return pages.Answer(200, await _exposition()(self._tally, fleet), pages.PROMETHEUS)
         if isinstance(route, ModelPage):
             return pages.model(fleet.scheduler, route.model)
-        return pages.models(fleet.scheduler)
+        return pages.models(fleet.scheduler, names)
 
     def _running(self) -> Fleet:
         if self._fleet is None:
@@ -296,6 +326,7 @@ class _Request:
         "anthropic",
         "headers",
         "id",
+        "key",
         "lease",
         "model",
         "noted",
@@ -304,7 +335,11 @@ class _Request:
         "scope",
         "send",
         "trace",
+        "visitor",
     )
+
+    visitor: Visitor
+    """Not there before it is known who that is, so that nothing is done for nobody."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._began = time.perf_counter()
@@ -316,7 +351,7 @@ class _Request:
         self.noted = [pair for pair in self.headers if pair[0] in _NOTED]
         self.id = pick_request_id(self.noted)
         self.anthropic = speaks_anthropic(scope["path"])
-        self.route = self.model = "-"
+        self.route = self.model = self.key = "-"
         self.lease: Lease | None = None
         self.trace: Trace | None = None
 
@@ -337,19 +372,10 @@ class _Request:
         method = self.scope.get("method", "WEBSOCKET")
         about = self.id.decode(), method, self.route, self.model, status
         if lease is None:
-            return RequestRecord(*about, 0, 0, seconds, None, None, outcome, code, "-")
+            return RequestRecord(*about, 0, 0, seconds, None, None, outcome, code, self.key)
         first, sent = lease.first_byte_at, (lease.bytes_answered, lease.chunks_answered)
         ttfb = None if first is None else first - began
-        return RequestRecord(*about, *sent, seconds, ttfb, lease.waited, outcome, code, "-")
-
-
-def _admit(request: _Request) -> Target:
-    """The target of a request that may come in; the checks are the same for WebSockets."""
-    target = read_target(request.scope)
-    check_version(request.scope)
-    check_size(request.headers)
-    check_host(request.noted, request.scope)
-    return target
+        return RequestRecord(*about, *sent, seconds, ttfb, lease.waited, outcome, code, self.key)
 
 
 class _LeasedTransport:

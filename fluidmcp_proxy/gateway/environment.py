@@ -11,6 +11,7 @@ from fluidmcp_proxy.config.load import load_config
 from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.config.settings import configured_path
 from fluidmcp_proxy.errors import LifespanNotRunning
+from fluidmcp_proxy.gateway.access import ServedBy
 from fluidmcp_proxy.gateway.answers import respond_with_error
 from fluidmcp_proxy.gateway.app import Gateway
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
@@ -51,7 +52,7 @@ class EnvironmentGateway:
 
     @asynccontextmanager
     async def _run(self) -> AsyncIterator[None]:
-        self.gateway = Gateway(load_config(configured_path()))
+        self.gateway = Gateway(load_config(configured_path()), served_by=ServedBy.ASGI_SERVER)
         try:
             async with self.gateway.run():
                 yield

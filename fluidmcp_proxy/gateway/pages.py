@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -29,17 +30,17 @@ def health() -> Answer:
     return _json(200, {"status": "ok"})
 
 
-def ready(scheduler: Scheduler, *, closing: bool) -> Answer:
-    """200 when every eager model is ready, or was stopped or put to sleep on purpose, else 503; the state by model."""
-    states = {name: status.state for name, status in scheduler.statuses().items()}
+def ready(scheduler: Scheduler, names: Collection[str], *, closing: bool) -> Answer:
+    """200 when every eager model is ready, or was stopped or put to sleep on purpose, else 503; states of ``names``."""
+    states = {name: status.state for name, status in scheduler.statuses().items() if name in names}
     is_ready = not closing and not scheduler.missing()
     return _json(200 if is_ready else 503, {"ready": is_ready, "models": states})
 
 
-def models(scheduler: Scheduler) -> Answer:
-    """The state of every model."""
-    statuses = scheduler.statuses()
-    return _json(200, {"models": [_described(scheduler, status) for status in statuses.values()]})
+def models(scheduler: Scheduler, names: Collection[str]) -> Answer:
+    """The state of each of ``names``."""
+    statuses = scheduler.statuses().values()
+    return _json(200, {"models": [_described(scheduler, status) for status in statuses if status.id in names]})
 
 
 def model(scheduler: Scheduler, name: str) -> Answer:

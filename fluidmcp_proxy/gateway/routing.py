@@ -5,7 +5,7 @@ It knows which paths exist, which methods they take and which routes of a model'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -16,7 +16,7 @@ from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import McpEndpointRemoved, MethodNotAllowed, ModelNotFound, PathNotFound
 from fluidmcp_proxy.gateway.target import Target
 
-__all__ = ["Forward", "ListedModel", "ModelPage", "Page", "Route", "Router", "Unified", "speaks_anthropic"]
+__all__ = ["Forward", "ListedModel", "ModelPage", "Page", "Route", "Router", "Unified", "is_public", "speaks_anthropic"]
 
 _ROOT_ROUTES = frozenset({"tokenize", "detokenize", "rerank", "score", "classify", "pooling"})
 """Routes that vLLM has beside ``/v1``; they take POST."""
@@ -101,6 +101,9 @@ class Page(Enum):
         return self.value
 
 
+_PUBLIC = frozenset({Page.HEALTH.value, Page.READY.value})
+
+
 @dataclass(frozen=True, slots=True)
 class ModelPage:
     """The state of one model."""
@@ -141,6 +144,11 @@ def speaks_anthropic(path: str) -> bool:
     return path.endswith("/v1/messages") or "/v1/messages/" in path
 
 
+def is_public(path: str) -> bool:
+    """Whether ``path`` is there for people without a key, too: it tells them nothing of the models."""
+    return path in _PUBLIC
+
+
 class Router:
     """The routes of one configuration."""
 
@@ -148,6 +156,11 @@ class Router:
         self._models = MappingProxyType(dict(models))
         self._roots = {name: _root(model) for name, model in models.items()}
         self._find = lru_cache(maxsize=256)(self._find_uncached)  # clients ask for the same few things
+
+    @property
+    def names(self) -> Collection[str]:
+        """The ids of the models."""
+        return self._models.keys()
 
     def knows(self, target: Target) -> bool:
         """Whether the first segment is a model's id, whatever follows."""

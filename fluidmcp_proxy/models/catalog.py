@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from copy import copy
 from typing import Any, NamedTuple
 
 import anyio
@@ -60,6 +61,16 @@ class Catalog:
         self._asking: dict[str, anyio.Event] = {}
         self._watching = anyio.CancelScope()
 
+    def limited_to(self, models: Collection[str]) -> Catalog:
+        """The same catalog for somebody who may use some ``models`` only: as if there were no others.
+
+        It stays up to date, since it shares what the servers have said.
+        """
+        limited = copy(self)
+        limited._servers = {name: server for name, server in self._servers.items() if name in models}
+        limited._own = {name: model for name, model in self._own.items() if model in models}
+        return limited
+
     # Questions
 
     @property
@@ -77,7 +88,7 @@ class Catalog:
         model = self._own.get(name)
         if model is not None:
             return Found(model, None if name in self._names[model] else self._main[model])
-        models = self._served.get(name, ())
+        models = self._serving(name)
         if len(models) == 1:
             return Found(models[0])
         if models:
@@ -99,14 +110,14 @@ class Catalog:
             return Found(next(iter(self._servers)))  # the server may know more names than it lists
         elif name is None:
             raise ModelRequired(f"The request does not say which model it is for. {self._there_are()}", param="model")
-        elif name not in self._served:
+        elif not self._serving(name):
             await self.refresh()
         return self.find(name)
 
     def cards(self) -> Iterator[dict[str, Any]]:
         """Every name that is one model's, as OpenAI's list has it, with what the server says about it."""
         for model, server in self._servers.items():
-            served = (name for name in self._names[model] if len(self._served.get(name, ())) == 1)
+            served = (name for name in self._names[model] if len(self._serving(name)) == 1)
             for name in dict.fromkeys([model, *server.config.aliases, *served]):
                 if self._own.get(name, model) == model:
                     yield self._card(name, model, server)
@@ -128,8 +139,12 @@ class Catalog:
         }
         return {**own, **extras, **own, "model_id": model, "state": status.state}
 
+    def _serving(self, name: str) -> list[str]:
+        """The models that serve ``name``."""
+        return [model for model in self._served.get(name, ()) if model in self._servers]
+
     def _there_are(self) -> str:
-        served = (name for name, models in self._served.items() if len(models) == 1)
+        served = (name for name in self._served if len(self._serving(name)) == 1)
         names = list(dict.fromkeys([*self._own, *served]))
         return f"The models are: {', '.join(names[:_NAMES_IN_MESSAGE])}{', …' * (len(names) > _NAMES_IN_MESSAGE)}."
 
@@ -143,7 +158,7 @@ class Catalog:
         self._names[model] = tuple(dict.fromkeys([*stated, *(card["id"] for card in cards)]))
         known = [name for name in stated if name in base] if base else list(stated)
         self._main[model] = known[0] if known else base[0] if len(base) == 1 else None
-        self._served = {}
+        self._served.clear()  # not a new one, which a limited catalog would not see
         for owner, names in self._names.items():
             for name in names:
                 self._served.setdefault(name, []).append(owner)

@@ -271,9 +271,37 @@ def test_under_hypercorn(program: Program, mark: Mark) -> None:
         assert not mark.pids()
 
 
-@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
-def test_being_open_to_the_network_is_said(program: Program, config: Path, host: str, warned: bool) -> None:
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_open_address_without_keys_is_refused(program: Program, config: Path, host: str) -> None:
     with program(*FLUIDMCP, str(config), "--port", "0", "--host", host) as gateway:
+        assert gateway.ended() == 2
+        assert gateway.said.startswith("invalid_value: ")
+        assert "api_keys" in gateway.said
+        assert "--allow-open" in gateway.said
+        assert len(gateway.said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "keys", "warned"),
+    [
+        ("127.0.0.1", [], [], False),
+        ("localhost", [], [], False),
+        ("0.0.0.0", ["--allow-open"], [], True),
+        ("0.0.0.0", [], ["0123456789abcdef"], False),
+    ],
+)
+def test_being_open_to_the_network_is_said(
+    program: Program,
+    config: Path,
+    host: str,
+    options: list[str],
+    keys: list[str],
+    warned: bool,
+) -> None:
+    document = json.loads(config.read_text())
+    document["gateway"]["api_keys"] = keys
+    config.write_text(json.dumps(document))
+    with program(*FLUIDMCP, str(config), "--port", "0", "--host", host, *options) as gateway:
         gateway.until_said("FluidMCP gateway on")
         assert ("open to the network" in gateway.said) is warned
         gateway.send(signal.SIGTERM)

@@ -1,0 +1,92 @@
+"""The gateway's door: whether a request may come in, whose it is, and which models there are for them."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+from fluidmcp_proxy.config.models import GatewayConfig
+from fluidmcp_proxy.errors import PathNotFound
+from fluidmcp_proxy.gateway.access import ServedBy, check_host, check_size, check_version, sources_of
+from fluidmcp_proxy.gateway.keys import NOBODY, Identified, Keyring
+from fluidmcp_proxy.gateway.routing import Router, is_public
+from fluidmcp_proxy.gateway.target import Target, read_target
+from fluidmcp_proxy.models.catalog import Catalog
+from fluidmcp_proxy.upstream.client import Headers
+
+__all__ = ["Entrance", "Visitor"]
+
+Scope = MutableMapping[str, Any]
+
+
+class Visitor(NamedTuple):
+    """Somebody who makes a request. ``router`` has the routes that there are for them.
+
+    ``is_known`` is False for somebody without a key where one is needed: only public pages are for them.
+    """
+
+    router: Router
+    keys: Identified = NOBODY
+    is_known: bool = True
+
+    def seen(self, catalog: Catalog) -> Catalog:
+        """As much of ``catalog`` as there is for them."""
+        models = self.keys.models
+        return catalog if models is None else catalog.limited_to(models)
+
+    def require_all(self) -> None:
+        """For what tells of all models at once.
+
+        Raises:
+            PathNotFound: they have a key for some models only.
+        """
+        if self.keys.models is not None:
+            raise PathNotFound("This tells of all models: it is not there for a key that is limited to some.")
+
+
+class Entrance:
+    """The door of one configuration. Whoever has a key for some models meets a gateway that has no others."""
+
+    def __init__(self, config: GatewayConfig, served_by: ServedBy) -> None:
+        settings = config.settings
+        self.router = Router(config.models)
+        self._sources = sources_of(settings, served_by)
+        self._keyring = Keyring(settings) if settings.api_keys or settings.admin_keys else None
+        self._routers: dict[frozenset[str] | None, Router] = {None: self.router}
+        for names in self._keyring.limits() if self._keyring is not None else ():
+            self._routers[names] = Router({name: model for name, model in config.models.items() if name in names})
+        self._anybody = Visitor(self.router)
+        self.lists_origins = bool(settings.allowed_origins)
+
+    def admit(self, scope: Scope, headers: Headers, noted: Headers) -> Target:
+        """The target of an HTTP or WebSocket request that may come in, whoever's it is.
+
+        Raises:
+            GatewayError: see ``read_target``, ``check_version``, ``check_size``, ``check_host`` and ``Sources.check``.
+        """
+        target = read_target(scope)
+        check_version(scope)
+        check_size(headers)
+        host = check_host(noted, scope)
+        if self._sources is not None:
+            self._sources.check(host, noted)
+        return target
+
+    def identify(self, scope: Scope, headers: Headers, target: Target) -> Visitor:
+        """Whose request it is.
+
+        Raises:
+            InvalidApiKey: it has to be somebody's, and is not.
+        """
+        if self._keyring is None:
+            return self._anybody
+        keys = self._keyring.identify(headers, scope.get("subprotocols") or ())
+        if not is_public(target.path):
+            self._keyring.require(keys)
+        return Visitor(self._routers[keys.models], keys, self._keyring.admits(keys))
+
+    def listed_origin(self, noted: Headers) -> bytes | None:
+        """The Origin of a request by a page of another site that the configuration lists."""
+        origins = [value for name, value in noted if name == b"origin"]
+        is_listed = self._sources is not None and len(origins) == 1 and self._sources.lists(origins[0])
+        return origins[0] if is_listed else None
