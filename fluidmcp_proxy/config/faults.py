@@ -74,7 +74,6 @@ _REMEDIES = {
     "int_parsing": "write digits only",
     "bool_parsing": "write true or false",
     "float_parsing": "write a number such as 30 or 0.5",
-    "bool_parsing": "write true or false",
     "finite_number": "write an ordinary number",
     "greater_than": "write a larger number",
     "greater_than_equal": "write a larger number",

@@ -169,7 +169,7 @@ def test_websocket(program: Program, config: Path) -> None:
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
         assert gateway.ended() == -signal.SIGTERM
-        assert "WEBSOCKET model=m status=101 bytes=17000000" in gateway.said
+        assert "model=m status=101 bytes=17000000" in gateway.said
         assert "sk-secret" not in gateway.said
 
 
