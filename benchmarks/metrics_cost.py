@@ -19,8 +19,8 @@ from prometheus_client.registry import Collector
 from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.cli.logs import Terminal
 from fluidmcp_proxy.config.load import parse_config
-from fluidmcp_proxy.gateway.app import _Request, access_log
-from fluidmcp_proxy.gateway.record import RequestRecord
+from fluidmcp_proxy.gateway.app import _Request
+from fluidmcp_proxy.gateway.record import RequestRecord, access_log
 from fluidmcp_proxy.gateway.server_metrics import Told, merged, read
 from fluidmcp_proxy.gateway.tally import BUCKETS, Tally
 
@@ -74,11 +74,8 @@ def line() -> Callable[[], object]:
     """The access line, up to the terminal."""
     terminal = Terminal()
     terminal.setStream(io.StringIO())
-    access_log.addHandler(terminal)
-    access_log.propagate = False
-    return lambda: access_log.handle(
-        access_log.makeRecord("fluidmcp_proxy.access", logging.INFO, "", 0, RECORD, (), None)
-    )
+    access_log.setLevel(logging.INFO)
+    return lambda: terminal.report(RECORD)
 
 
 class _Known(Collector):

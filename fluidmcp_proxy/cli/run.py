@@ -84,7 +84,8 @@ def serve(config: GatewayConfig, terminal: Terminal) -> int:
     """
     listening = bind(config.settings)
     with listening:
-        server = _Server(Gateway(config, served_by=ServedBy.COMMAND_LINE), config.settings, listening, terminal)
+        gateway = Gateway(config, served_by=ServedBy.COMMAND_LINE, report=terminal.report)
+        server = _Server(gateway, config.settings, listening, terminal)
         try:
             server.run(sockets=[listening])
         except KeyboardInterrupt:  # before uvicorn has taken the signals, or after

@@ -20,7 +20,7 @@ from fluidmcp_proxy.gateway.cors import answering, preflight
 from fluidmcp_proxy.gateway.entrance import Entrance, Visitor
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
-from fluidmcp_proxy.gateway.record import RequestRecord
+from fluidmcp_proxy.gateway.record import RequestRecord, log_request
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
 from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Unified, speaks_anthropic
 from fluidmcp_proxy.gateway.tally import Tally
@@ -40,13 +40,12 @@ if TYPE_CHECKING:
 
     from fluidmcp_proxy.gateway.tracing import Trace
 
-__all__ = ["Gateway", "access_log"]
+__all__ = ["Gateway"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-access_log = logging.getLogger("fluidmcp_proxy.access")
 logger = logging.getLogger("fluidmcp_proxy.gateway")
 
 _NOTED = frozenset(
@@ -63,11 +62,19 @@ class Gateway:
 
     Mounted in another app, whose server runs no lifespan for it, ``run()`` or ``lifespan`` has to be part of the host's
     own lifespan. One gateway runs once at a time, but may run again after it has ended. ``served_by`` says whether
-    somebody else looks at the Host and Origin of requests.
+    somebody else looks at the Host and Origin of requests; ``report`` is called with what is known of each request that
+    is over, and logs it by default.
     """
 
-    def __init__(self, config: GatewayConfig, *, served_by: ServedBy = ServedBy.HOST_APP) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        served_by: ServedBy = ServedBy.HOST_APP,
+        report: Callable[[RequestRecord], None] = log_request,
+    ) -> None:
         self.config = config
+        self._report = report
         self._entrance = Entrance(config, served_by)
         self._hosts = {name: address_of(model).authority for name, model in config.models.items()}
         self._authorizations = {
@@ -262,9 +269,8 @@ class Gateway:
         if request.trace is not None:
             request.trace.end(record)
         is_page = record.model == "-" and outcome == "complete"
-        if not is_page and access_log.isEnabledFor(logging.INFO):
-            # Not access_log.info(), which would walk the stack for the place of this line.
-            access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, record, (), None))
+        if not is_page:
+            self._report(record)
 
     def _body(self, request: _Request) -> RequestBody:
         settings = self.config.settings

@@ -5,9 +5,12 @@ None of it is what a client may choose freely, but for the request id: no path, 
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
-__all__ = ["RequestRecord"]
+__all__ = ["RequestRecord", "access_log", "log_request"]
+
+access_log = logging.getLogger("fluidmcp_proxy.access")
 
 
 class RequestRecord(NamedTuple):
@@ -40,6 +43,13 @@ class RequestRecord(NamedTuple):
             f" bytes={self.bytes} chunks={self.chunks} seconds={self.seconds:.3f} ttfb={_shown(self.ttfb)}"
             f" queue={_shown(self.queue)} outcome={self.outcome} code={self.code} key={self.key}"
         )
+
+
+def log_request(record: RequestRecord) -> None:
+    """Write the access line of a request, at INFO."""
+    if access_log.isEnabledFor(logging.INFO):
+        # Not access_log.info(), which would walk the stack for the place of this line.
+        access_log.handle(access_log.makeRecord(access_log.name, logging.INFO, "", 0, record, (), None))
 
 
 def _shown(seconds: float | None) -> str:

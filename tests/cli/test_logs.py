@@ -6,13 +6,13 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Literal
 
 import pytest
 
 from fluidmcp_proxy.cli.logs import Terminal
-from fluidmcp_proxy.gateway.app import access_log
-from fluidmcp_proxy.gateway.record import RequestRecord
+from fluidmcp_proxy.gateway.record import RequestRecord, access_log
 from fluidmcp_proxy.gateway.relay import AnswerTruncated
 
 RECORD = RequestRecord("r-1", "POST", "/v1/chat/completions", "m", 200, 10, 2, 1.5, 0.25, 0.0, "complete", "-", "-")
@@ -35,13 +35,39 @@ def written(form: Form, *records: logging.LogRecord) -> str:
     return stream.getvalue()
 
 
-def test_an_access_line_for_people() -> None:
-    assert written("text", line_of(RECORD)).endswith(f",250 INFO    {RECORD}\n")
+def reported(form: Form, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.25)
+    terminal = Terminal(form)
+    terminal.setStream(stream := io.StringIO())
+    terminal.report(RECORD)
+    terminal.flush()
+    return stream.getvalue()
 
 
-def test_an_access_line_for_programs() -> None:
+@pytest.fixture
+def at_info() -> Iterator[None]:
+    level = access_log.level
+    access_log.setLevel(logging.INFO)
+    yield
+    access_log.setLevel(level)
+
+
+@pytest.mark.usefixtures("at_info")
+def test_an_access_line_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reported("text", monkeypatch).endswith(f",250 INFO    {RECORD}\n")
+    assert reported("text", monkeypatch) == written("text", line_of(RECORD))  # as if it had been logged
+
+
+@pytest.mark.usefixtures("at_info")
+def test_an_access_line_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"time": "2023-11-14T22:13:20.250Z", "level": "info", "logger": "fluidmcp_proxy.access"}
-    assert json.loads(written("json", line_of(RECORD))) == {**told, **RECORD._asdict()}
+    assert json.loads(reported("json", monkeypatch)) == {**told, **RECORD._asdict()}
+
+
+@pytest.mark.usefixtures("at_info")
+def test_no_access_line_above_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    access_log.setLevel(logging.WARNING)
+    assert reported("text", monkeypatch) == ""
 
 
 def test_any_other_line_for_programs_is_one_line() -> None:
@@ -65,10 +91,11 @@ def test_an_abort_is_no_fault() -> None:
     assert written("text", line_of("Exception in ASGI application", failure=AnswerTruncated("cut"))) == ""
 
 
+@pytest.mark.usefixtures("at_info")
 def test_lines_of_requests_are_held_back_until_another_one_comes() -> None:
     terminal = Terminal()
     terminal.setStream(stream := io.StringIO())
-    terminal.handle(line_of(RECORD))
+    terminal.report(RECORD)
     assert stream.getvalue() == ""
     terminal.handle(line_of("model m: ready", name="fluidmcp_proxy.models"))
     first, second = stream.getvalue().splitlines()

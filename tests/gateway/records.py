@@ -6,8 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fluidmcp_proxy.gateway.app import access_log
-from fluidmcp_proxy.gateway.record import RequestRecord
+from fluidmcp_proxy.gateway.record import RequestRecord, access_log
 from tests.serving import eventually
 
 
