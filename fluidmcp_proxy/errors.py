@@ -28,6 +28,7 @@ __all__ = [
     "MethodNotAllowed",
     "ModelFailed",
     "ModelNotFound",
+    "ModelNotManaged",
     "ModelRequired",
     "ModelStarting",
     "ModelStopped",
@@ -236,6 +237,13 @@ class MethodNotAllowed(_InvalidRequest):
 
     def __init__(self, message: str, *, allow: str) -> None:
         super().__init__(message, headers=[(b"allow", allow.encode())])
+
+
+class ModelNotManaged(_InvalidRequest):
+    """Somebody else runs the model's server, so it can be neither started nor stopped here."""
+
+    status = 409
+    code = "model_not_managed"
 
 
 class RequestTimeout(_InvalidRequest):

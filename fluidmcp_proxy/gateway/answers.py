@@ -8,9 +8,10 @@ from typing import Any
 from fluidmcp_proxy.errors import GatewayError, RequestTimeout
 from fluidmcp_proxy.upstream.headers import pick_request_id
 
-__all__ = ["respond", "respond_with_error"]
+__all__ = ["Receive", "Send", "respond", "respond_with_error"]
 
 Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 

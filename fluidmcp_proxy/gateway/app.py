@@ -14,6 +14,7 @@ from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, UpstreamError
 from fluidmcp_proxy.gateway import pages
 from fluidmcp_proxy.gateway.access import ServedBy
+from fluidmcp_proxy.gateway.administration import act, send_logs
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.cors import answering, preflight
@@ -22,7 +23,16 @@ from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.record import RequestRecord, log_request
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
-from fluidmcp_proxy.gateway.routing import Forward, ListedModel, ModelPage, Page, Unified, speaks_anthropic
+from fluidmcp_proxy.gateway.routing import (
+    Action,
+    Forward,
+    ListedModel,
+    Logs,
+    ModelPage,
+    Page,
+    Unified,
+    speaks_anthropic,
+)
 from fluidmcp_proxy.gateway.tally import Tally
 from fluidmcp_proxy.gateway.target import Target, read_target
 from fluidmcp_proxy.gateway.unified import choose_model
@@ -173,6 +183,10 @@ class Gateway:
                 await self._forward(route, request, self._body(request))
             elif isinstance(route, Unified):
                 await self._forward_by_name(target, request)
+            elif isinstance(route, Logs):
+                request.visitor.require_admin()
+                await send_logs(self._running(), route.model, target.query, scope["method"], request)
+                self._end(request, 200, "complete")
             else:
                 answer = await self._page(route, request)
                 wants_body = scope["method"] != "HEAD"
@@ -297,7 +311,7 @@ class Gateway:
             http_version=scope.get("http_version", "1.1"),
         )
 
-    async def _page(self, route: Page | ModelPage | ListedModel, request: _Request) -> pages.Answer:
+    async def _page(self, route: Page | ModelPage | ListedModel | Action, request: _Request) -> pages.Answer:
         if route is Page.HEALTH:
             return pages.health()
         fleet, visitor = self._running(), request.visitor
@@ -312,6 +326,10 @@ class Gateway:
         if route is Page.METRICS:
             visitor.require_all()
             return pages.Answer(200, await _exposition()(self._tally, fleet), pages.PROMETHEUS)
+        if isinstance(route, Action):
+            visitor.require_admin()
+            act(fleet, route.model, route.verb, request.key)
+            return pages.model(fleet.scheduler, route.model)._replace(status=202)
         if isinstance(route, ModelPage):
             return pages.model(fleet.scheduler, route.model)
         return pages.models(fleet.scheduler, names)

@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 from fluidmcp_proxy.config.models import GatewayConfig
-from fluidmcp_proxy.errors import PathNotFound
+from fluidmcp_proxy.errors import InvalidApiKey, PathNotFound
 from fluidmcp_proxy.gateway.access import ServedBy, check_host, check_size, check_version, sources_of
 from fluidmcp_proxy.gateway.keys import NOBODY, Identified, Keyring
 from fluidmcp_proxy.gateway.routing import Router, is_public
@@ -43,18 +43,29 @@ class Visitor(NamedTuple):
         if self.keys.models is not None:
             raise PathNotFound("This tells of all models: it is not there for a key that is limited to some.")
 
+    def require_admin(self) -> None:
+        """For what is done to models, or tells what their servers print.
+
+        Raises:
+            InvalidApiKey: theirs is not an admin key.
+        """
+        if self.keys.holder is None or not self.keys.holder.is_admin:
+            raise InvalidApiKey("This needs an admin key: send it as Authorization: Bearer KEY, or x-api-key.")
+
 
 class Entrance:
     """The door of one configuration. Whoever has a key for some models meets a gateway that has no others."""
 
     def __init__(self, config: GatewayConfig, served_by: ServedBy) -> None:
         settings = config.settings
-        self.router = Router(config.models)
+        is_administered = bool(settings.admin_keys)
+        self.router = Router(config.models, is_administered=is_administered)
         self._sources = sources_of(settings, served_by)
         self._keyring = Keyring(settings) if settings.api_keys or settings.admin_keys else None
         self._routers: dict[frozenset[str] | None, Router] = {None: self.router}
         for names in self._keyring.limits() if self._keyring is not None else ():
-            self._routers[names] = Router({name: model for name, model in config.models.items() if name in names})
+            models = {name: model for name, model in config.models.items() if name in names}
+            self._routers[names] = Router(models, is_administered=is_administered)
         self._anybody = Visitor(self.router)
         self.lists_origins = bool(settings.allowed_origins)
 

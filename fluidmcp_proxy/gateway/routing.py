@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import lru_cache
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, TypeVar
@@ -16,7 +16,20 @@ from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import McpEndpointRemoved, MethodNotAllowed, ModelNotFound, PathNotFound
 from fluidmcp_proxy.gateway.target import Target
 
-__all__ = ["Forward", "ListedModel", "ModelPage", "Page", "Route", "Router", "Unified", "is_public", "speaks_anthropic"]
+__all__ = [
+    "Action",
+    "Forward",
+    "ListedModel",
+    "Logs",
+    "ModelPage",
+    "Page",
+    "Route",
+    "Router",
+    "Unified",
+    "Verb",
+    "is_public",
+    "speaks_anthropic",
+]
 
 _ROOT_ROUTES = frozenset({"tokenize", "detokenize", "rerank", "score", "classify", "pooling"})
 """Routes that vLLM has beside ``/v1``; they take POST."""
@@ -112,6 +125,35 @@ class ModelPage:
     label: ClassVar[str] = "/models/{model}"
 
 
+class Verb(StrEnum):
+    """What somebody with an admin key can ask of a model."""
+
+    START = "start"
+    STOP = "stop"
+    RESTART = "restart"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Something to be done with one model."""
+
+    model: str
+    verb: Verb
+
+    @property
+    def label(self) -> str:
+        """Its path."""
+        return f"/models/{{model}}/{self.verb}"
+
+
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """What the server of one model prints."""
+
+    model: str
+    label: ClassVar[str] = "/models/{model}/logs"
+
+
 @dataclass(frozen=True, slots=True)
 class ListedModel:
     """One element of the list at ``/v1/models``."""
@@ -135,8 +177,8 @@ class Forward(NamedTuple):
     label: str = "other"
 
 
-Route = Page | ModelPage | ListedModel | Unified | Forward
-_Shown = TypeVar("_Shown", bound=Page | ModelPage | ListedModel)
+Route = Page | ModelPage | ListedModel | Action | Logs | Unified | Forward
+_Shown = TypeVar("_Shown", bound=Page | ModelPage | ListedModel | Logs)
 
 
 def speaks_anthropic(path: str) -> bool:
@@ -150,10 +192,11 @@ def is_public(path: str) -> bool:
 
 
 class Router:
-    """The routes of one configuration."""
+    """The routes of one configuration; those for administrators only where there are any."""
 
-    def __init__(self, models: Mapping[str, ModelConfig]) -> None:
+    def __init__(self, models: Mapping[str, ModelConfig], *, is_administered: bool = False) -> None:
         self._models = MappingProxyType(dict(models))
+        self._is_administered = is_administered
         self._roots = {name: _root(model) for name, model in models.items()}
         self._find = lru_cache(maxsize=256)(self._find_uncached)  # clients ask for the same few things
 
@@ -194,6 +237,8 @@ class Router:
             return self._model_route(first, rest, method, raw)
         if first == "models" and rest in self._models:
             return _only_get(method, ModelPage(rest))
+        if first == "models" and self._is_administered and (found := self._admin_route(rest, method)):
+            return found
         for page in Page:
             if path == page.value:
                 return _only_get(method, page)
@@ -240,6 +285,18 @@ class Router:
         if rest.split("/", 2)[1] in _CLOSED:
             raise _closed()
         return forward
+
+    def _admin_route(self, rest: str, method: str) -> Action | Logs | None:
+        model, _, asked = rest.partition("/")
+        if model not in self._models:
+            return None
+        if asked == "logs":
+            return _only_get(method, Logs(model))
+        if asked not in list(Verb):
+            return None
+        if method != "POST":
+            raise MethodNotAllowed(f"This path takes POST, not {method}.", allow="POST")
+        return Action(model, Verb(asked))
 
     def _there_are(self) -> str:
         return f"The models are: {', '.join(self._models)}."

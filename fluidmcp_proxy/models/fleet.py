@@ -42,10 +42,16 @@ _IDLE_LIMIT = 60.0
 
 
 class Fleet:
-    """The running models: ``servers`` by id, the ``scheduler`` that gives leases on them, the ``catalog`` of names."""
+    """The running models: ``servers`` by id, the ``scheduler`` that gives leases on them, the ``catalog`` of names.
 
-    def __init__(self, servers: Mapping[str, Server], scheduler: Scheduler) -> None:
+    ``outputs`` is what the servers of each model print that are started here, by the ids of its replicas.
+    """
+
+    def __init__(
+        self, servers: Mapping[str, Server], scheduler: Scheduler, outputs: Mapping[str, Mapping[str, Output]]
+    ) -> None:
         self.servers = MappingProxyType(dict(servers))
+        self.outputs = MappingProxyType(dict(outputs))
         self.scheduler = scheduler
         self.catalog = Catalog(self.servers)
         self.closing = False
@@ -69,10 +75,14 @@ async def open_fleet(config: GatewayConfig) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
         owner = await _take_ownership(config, stack)
         scheduler = Scheduler()
-        servers = {name: _server(model, config.settings, scheduler, owner) for name, model in config.models.items()}
+        outputs = {name: _outputs(model, config.settings) for name, model in config.models.items()}
+        servers = {
+            name: _server(model, config.settings, scheduler, owner, outputs[name])
+            for name, model in config.models.items()
+        }
         for server in servers.values():
             scheduler.admit(server)
-        fleet = Fleet(servers, scheduler)
+        fleet = Fleet(servers, scheduler, outputs)
         with ungrouped():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(scheduler.run)
@@ -96,26 +106,44 @@ async def _take_ownership(config: GatewayConfig, stack: AsyncExitStack) -> Owner
     return await stack.enter_async_context(own(config.identity, config.settings.runtime_dir, patience))
 
 
-def _server(model: ModelConfig, settings: Settings, scheduler: Scheduler, owner: Ownership | None) -> Server:
+def _outputs(model: ModelConfig, settings: Settings) -> Mapping[str, Output]:
+    if model.command is None:
+        return {}
+    names = [copy.id for copy in replicas_of(model)]
+    return {name: Output(settings.log_dir / f"{name}.log", secrets=model.secrets) for name in names}
+
+
+def _server(
+    model: ModelConfig,
+    settings: Settings,
+    scheduler: Scheduler,
+    owner: Ownership | None,
+    outputs: Mapping[str, Output],
+) -> Server:
     copies = replicas_of(model)
     if len(copies) > 1:
-        return _replica_set(model, copies, settings, owner)
+        return _replica_set(model, copies, settings, owner, outputs)
     watch = _Watch(
         connect=partial(_connect, model),
         drain=partial(scheduler.drain, model.id, settings.drain_timeout),
         unanswered=partial(scheduler.unanswered, model.id),
         progress=partial(scheduler.progress, model.id),
     )
-    return _one(copies[0], watch, settings, owner)
+    return _one(copies[0], watch, settings, owner, outputs)
 
 
 def _replica_set(
-    model: ModelConfig, copies: Sequence[ModelConfig], settings: Settings, owner: Ownership | None
+    model: ModelConfig,
+    copies: Sequence[ModelConfig],
+    settings: Settings,
+    owner: Ownership | None,
+    outputs: Mapping[str, Output],
 ) -> ReplicaSet:
     replicas = [Replica(address_of(copy)) for copy in copies]
     pool = Pool(model, replicas)
     for copy, replica in zip(copies, replicas, strict=True):
-        replica.server = _one(copy, _watch_replica(copy, replica, pool, settings.drain_timeout), settings, owner)
+        watch = _watch_replica(copy, replica, pool, settings.drain_timeout)
+        replica.server = _one(copy, watch, settings, owner, outputs)
     return ReplicaSet(model, replicas, pool)
 
 
@@ -141,10 +169,11 @@ class _Watch(NamedTuple):
     progress: Callable[[], int]
 
 
-def _one(model: ModelConfig, watch: _Watch, settings: Settings, owner: Ownership | None) -> Supervisor | RemoteServer:
+def _one(
+    model: ModelConfig, watch: _Watch, settings: Settings, owner: Ownership | None, outputs: Mapping[str, Output]
+) -> Supervisor | RemoteServer:
     if model.command is None:
         return RemoteServer(model, address_of(model), watch.connect(address_of(model)), drain=watch.drain)
-    output = Output(settings.log_dir / f"{model.id}.log", secrets=model.secrets)
     stalled = partial(
         until_stalled,
         address=address_of(model),
@@ -155,7 +184,7 @@ def _one(model: ModelConfig, watch: _Watch, settings: Settings, owner: Ownership
     memory = None
     if shares_a_slot(model) and (reader := find_reader()) is not None:
         memory = GpuMemory(reader, child_environment(model).get("CUDA_VISIBLE_DEVICES"))
-    launcher = ProcessLauncher(model, output, owner, settings.runtime_dir)
+    launcher = ProcessLauncher(model, outputs[model.id], owner, settings.runtime_dir)
     return Supervisor(
         model,
         launcher,

@@ -49,6 +49,7 @@ class Output:
         self._rest = b""
         self._overlong = False  # the rest of a line is being dropped
         self._fresh = 0  # lines since the last launch
+        self._count = 0  # lines in all
         self._drained = anyio.Event()
 
     def begin(self) -> None:
@@ -62,6 +63,16 @@ class Output:
         if of_this_launch:
             kept = kept[max(0, len(kept) - self._fresh) :]
         return [*kept, *unfinished][-lines:] if lines > 0 else []
+
+    @property
+    def count(self) -> int:
+        """How many lines there have been, kept or not; of one that is being written nothing is counted."""
+        return self._count
+
+    def since(self, count: int) -> list[str]:
+        """The lines after the first ``count``, as far as they are kept."""
+        newer = min(self._count - count, len(self._lines))
+        return list(self._lines)[-newer:] if newer > 0 else []
 
     async def drain(self, stream: ByteReceiveStream) -> None:
         """Take everything from ``stream`` until it ends; what follows its last line end counts as a line."""
@@ -106,6 +117,7 @@ class Output:
         shown = self._shown(lines)
         self._lines.extend(shown)
         self._fresh += len(shown)
+        self._count += len(shown)
         if self._file is not None and shown:
             self._file.write("\n".join(shown))
 
