@@ -67,7 +67,7 @@ def main() -> None:
 
 def measured(port: int, pid: int, route: str, document: dict[str, object]) -> Callable[[float], float]:
     body = json.dumps(document).replace('"MODEL"', '"served"' if route == "/m/v1" else '"alias"').encode()
-    head = f"POST {route}/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {route}/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
     def cost(seconds: float) -> float:

@@ -95,10 +95,11 @@ def program(mark: Mark, config: Path) -> Program:
     """Run a command line; at its end nothing of it may be left."""
 
     @contextlib.contextmanager
-    def run(*argv: str) -> Iterator[Running]:
+    def run(*argv: str, **variables: str) -> Iterator[Running]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("FLUIDMCP_")}
         env |= {"PATH": f"{config.parent / 'bin'}:{env['PATH']}", "FAULT_TEST": mark.value}
         env |= {"FLUIDMCP_CONFIG": str(config), "PYTHONUNBUFFERED": "1"}
+        env |= variables
         running = Running(argv, env, config.with_name(f"output-{time.monotonic_ns()}"))
         try:
             yield running
@@ -306,6 +307,31 @@ def test_being_open_to_the_network_is_said(
         assert ("open to the network" in gateway.said) is warned
         gateway.send(signal.SIGTERM)
         gateway.ended()
+
+
+def test_who_may_come(program: Program, config: Path) -> None:
+    """Bound to loopback: its own names only, its own pages only, and a key where there is one."""
+    document = json.loads(config.read_text())
+    document["gateway"]["api_keys"] = [{"name": "alice", "key": "${ALICE_KEY}"}]
+    config.write_text(json.dumps(document))
+    secret = "kanarie-0123456789abcdef"
+    with program(*FLUIDMCP, str(config), "--port", "0", "--log-level", "trace", ALICE_KEY=secret) as gateway:
+        url = gateway.until_said("ready at").split()[-1]
+        key = {"Authorization": f"Bearer {secret}"}
+        for headers, status in (
+            ({}, 401),
+            (key, 200),
+            ({"X-API-Key": secret}, 200),
+            ({**key, "Host": "localhost:1"}, 200),
+            ({**key, "Host": "evil.example"}, 421),
+            ({**key, "Origin": "https://evil.example"}, 403),
+            ({**key, "Origin": url.removesuffix("/m/v1")}, 200),
+        ):
+            assert httpx.get(f"{url}/models?key={secret}", headers=headers, timeout=DEADLINE).status_code == status
+        gateway.send(signal.SIGTERM)
+        gateway.ended()
+        assert "key=alice" in gateway.said
+        assert secret not in gateway.said
 
 
 @pytest.mark.anyio
