@@ -130,3 +130,26 @@ def test_a_terminal_that_knows_only_ascii(
     result = run({"llmModels": {"m": entry}})
     assert result.exit_code == 0
     assert r"m\xf6del\x1b[2J\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "code"),
+    [
+        ({}, 2),
+        ({"FLUIDMCP_ALLOW_OPEN": "true"}, 0),
+        ({"FLUIDMCP_API_KEYS": f'[{{"name": "alice", "key": "{SECRET}-0123456789abcdef"}}]'}, 0),
+        ({"FLUIDMCP_HOST": "127.0.0.1"}, 0),
+    ],
+)
+def test_an_address_that_others_can_reach_without_keys(
+    tmp_path: Path, invoke: Callable[..., Any], variables: dict[str, str], code: int
+) -> None:
+    file = tmp_path / "models.json"
+    models = {"m": {"endpoints": {"base_url": "http://127.0.0.1:1/v1"}}}
+    file.write_text(json.dumps({"llmModels": models, "gateway": {"host": "0.0.0.0"}}))
+    outcome = invoke(check, file, **variables)
+    assert outcome.exit_code == code, outcome.output
+    assert SECRET not in outcome.output
+    if code:
+        assert outcome.stderr.startswith("invalid_value: gateway.host: 0.0.0.0 can be reached from elsewhere")
+        assert "--allow-open" in outcome.stderr
