@@ -10,14 +10,27 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 VLLM_PORT = 8000
 """Where ``vllm serve`` listens without ``--port``."""
 
-# Options of `vllm serve` without a value besides the --enable-*, --disable-* and --no-* ones: what follows them may be
-# the model.
-_FLAGS = {"--trust-remote-code", "--enforce-eager", "--headless", "--async-scheduling", "--skip-tokenizer-init"}
+# Options of `vllm serve` and `transformers serve` without a value besides the --enable-*, --disable-* and --no-* ones:
+# what follows them may be the model.
+_FLAGS = {
+    "--trust-remote-code", "--enforce-eager", "--headless", "--async-scheduling", "--skip-tokenizer-init",
+    "--continuous-batching", "--compile", "--cb-use-cuda-graph",
+}  # fmt: skip
 _FLAG_PREFIXES = ("--enable-", "--disable-", "--no-", "--return-", "--log-", "--use-")
+
+
+class _Engine(Enum):
+    """Programs whose arguments name the model in a way of their own."""
+
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama.cpp"
+    OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -38,8 +51,8 @@ class ServerArguments:
     uds: Option | None
     config_file: bool
     """``vllm serve --config FILE``: anything may be set there, so a missing option means nothing."""
-    model: str | None
-    served_model_names: tuple[str, ...]
+    served_names: tuple[str, ...]
+    """What requests call the model, as far as the arguments say."""
 
     @property
     def default_port(self) -> int | None:
@@ -53,21 +66,19 @@ class ServerArguments:
 
 
 def read_arguments(command: str, args: Sequence[str]) -> ServerArguments:
-    """Read ``--port``, ``--host``, ``--uds``, ``--model`` and ``--served-model-name``.
+    """Read where the server listens and which names it serves, for vLLM and the engines of ``docs/engines.md``.
 
     As argparse does, the last of several wins and ``--port=1`` is ``--port 1``; as vLLM does, ``_`` is ``-`` in names.
     """
-    start = _vllm_start(command, args)
-    first = start or 0  # what stands before `vllm serve` is a launcher's: `uv run -- vllm serve m`
-    model = find_option(args, "--model", first)
+    engine, first = _engine(command, args)  # what stands before it is a launcher's: `uv run -- vllm serve m`
+    is_vllm = engine is _Engine.VLLM
     return ServerArguments(
-        is_vllm=start is not None,
+        is_vllm=is_vllm,
         port=find_option(args, "--port", first),
         host=find_option(args, "--host", first),
         uds=find_option(args, "--uds", first),
-        config_file=start is not None and find_option(args, "--config", first) is not None,
-        model=model.value if model is not None else None if start is None else _positional(args[start:]),
-        served_model_names=_values(args, "--served-model-name", first),
+        config_file=is_vllm and find_option(args, "--config", first) is not None,
+        served_names=_served_names(engine, args, first),
     )
 
 
@@ -105,16 +116,35 @@ def glued_value(argument: str) -> bool:
     return re.match(r"--[A-Za-z][\w-]*\s+\S", argument) is not None
 
 
-def _vllm_start(command: str, args: Sequence[str]) -> int | None:
-    """The index in ``args`` after ``vllm serve`` or ``-m vllm…``, also behind a launcher; None: not vLLM."""
+def _engine(command: str, args: Sequence[str]) -> tuple[_Engine, int]:
+    """What is started, also behind a launcher, and the index in ``args`` from which on they are its own."""
     words = [command, *args]
-    for index, (word, following) in enumerate(itertools.pairwise(words)):
-        if os.path.basename(word) == "vllm" and following == "serve":
-            return index + 1
+    for index, (word, following) in enumerate(itertools.pairwise([*words, ""])):
+        name = os.path.basename(word)
+        is_value = index > 0 and words[index - 1].startswith("-")  # `docker run --name llama-server …`
+        if name == "llama-server" and not is_value:
+            return _Engine.LLAMA_CPP, index
+        if name in ("vllm", "transformers") and following == "serve":
+            return _Engine(name), index + 1
         if word == "-m" and (following == "vllm" or following.startswith("vllm.")):
             serve = index + 1 < len(args) and args[index + 1] == "serve"
-            return index + 2 if serve else index + 1
-    return None
+            return _Engine.VLLM, index + 2 if serve else index + 1
+    return _Engine.OTHER, 0
+
+
+def _served_names(engine: _Engine, args: Sequence[str], first: int) -> tuple[str, ...]:
+    if names := _values(args, "--served-model-name", first):
+        return names
+    model = find_option(args, "--model", first) or find_option(args, "--model-path", first)  # the latter is SGLang's
+    written = model.value if model is not None else None
+    if engine is _Engine.LLAMA_CPP:
+        alias = find_option(args, "--alias", first)
+        if alias is not None and alias.value:
+            return tuple(name for part in alias.value.split(",") if (name := part.strip()))
+        written = os.path.basename(written) if written else None
+    elif engine is not _Engine.OTHER and model is None:
+        written = _positional(args[first:])
+    return (written,) if written else ()
 
 
 def _positional(args: Sequence[str]) -> str | None:

@@ -43,7 +43,6 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
     arguments = read_arguments(written.command or "", written.args)
     check_replicas(written, arguments, path)
     stated = [*([key] if key else []), *(text for _, text in secret_arguments(written.args))]
-    names = arguments.served_model_names or ((arguments.model,) if arguments.model else ())
     return ModelConfig(
         **{name: getattr(written, name) for name in ModelOptions.model_fields},
         id=model_id,
@@ -52,7 +51,7 @@ def parse_entry(model_id: str, entry: object, environ: Mapping[str, str]) -> Mod
         endpoints=_endpoints(written, arguments, path),
         readiness_path=written.readiness_path or ("/v1/models" if written.command is None else "/health"),
         api_key=None if key is None else SecretStr(key),
-        served_names=names if written.command is not None else (),
+        served_names=arguments.served_names if written.command is not None else (),
         secrets=secrets | {text for text in stated if worth_redacting(text)},
     )
 

@@ -156,8 +156,8 @@ class Catalog:
         base = [card["id"] for card in cards if not card.get("parent")]  # not the LoRA adapters
         self._cards[model] = cards
         self._names[model] = tuple(dict.fromkeys([*stated, *(card["id"] for card in cards)]))
-        known = [name for name in stated if name in base] if base else list(stated)
-        self._main[model] = known[0] if known else base[0] if len(base) == 1 else None
+        known = [name for name in stated if name in base] or (base if len(base) == 1 else stated)
+        self._main[model] = known[0] if known else None
         self._served.clear()  # not a new one, which a limited catalog would not see
         for owner, names in self._names.items():
             for name in names:

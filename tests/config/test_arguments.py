@@ -37,13 +37,13 @@ def test_the_port_of_vllm(args: list[str], port: int) -> None:
 )
 def test_vllm_is_recognised(command: str, args: list[str]) -> None:
     read = read_arguments(command, args)
-    assert (read.is_vllm, read.default_port, read.model) == (True, 8000, "m")
+    assert (read.is_vllm, read.default_port, read.served_names) == (True, 8000, ("m",))
 
 
 @pytest.mark.parametrize(("command", "args"), [("vllm", ["bench"]), ("llama-server", []), ("python", ["serve.py"])])
 def test_others_are_not(command: str, args: list[str]) -> None:
     read = read_arguments(command, args)
-    assert (read.is_vllm, read.default_port, read.model) == (False, None, None)
+    assert (read.is_vllm, read.default_port, read.served_names) == (False, None, ())
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_others_are_not(command: str, args: list[str]) -> None:
     ],
 )
 def test_the_model_argument(args: list[str], model: str | None) -> None:
-    assert read_arguments("vllm", args).model == model
+    assert read_arguments("vllm", args).served_names == (() if model is None else (model,))
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,38 @@ def test_the_model_argument(args: list[str], model: str | None) -> None:
         (["serve", "m", "--served-model-name=a"], ("a",)),
         (["serve", "m", "--served_model_name", "a"], ("a",)),
         (["serve", "m", "--served_model_name=a"], ("a",)),
-        (["serve", "m", "--served-model-name"], ()),
+        (["serve", "m", "--served-model-name"], ("m",)),
         (["serve", "m", "--served-model-name", "a", "--served-model-name", "b"], ("b",)),
     ],
 )
 def test_served_names(args: list[str], names: tuple[str, ...]) -> None:
-    assert read_arguments("vllm", args).served_model_names == names
+    assert read_arguments("vllm", args).served_names == names
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "names"),
+    [
+        ("llama-server", ["--model", "/models/m.gguf"], ("m.gguf",)),
+        ("/opt/llama.cpp/llama-server", ["--model=m.gguf", "--alias", "m"], ("m",)),
+        ("llama-server", ["-m", "m.gguf", "--alias", "a, b,"], ("a", "b")),
+        ("llama-server", ["-m", "/models/m.gguf"], ()),  # its list will tell
+        ("numactl", ["-N", "0", "llama-server", "--model", "/models/m.gguf"], ("m.gguf",)),
+        ("docker", ["run", "--name", "llama-server", "i", "--model", "org/m"], ("org/m",)),
+        ("other", ["--model", "/models/m", "--alias", "a"], ("/models/m",)),
+        ("python3", ["-m", "sglang.launch_server", "--model-path", "org/m"], ("org/m",)),
+        ("python3", ["-m", "sglang.launch_server", "--model-path", "m", "--served-model-name", "a"], ("a",)),
+        ("sglang", ["serve", "--model-path", "org/m", "--port", "1"], ("org/m",)),
+        ("transformers", ["serve", "org/m"], ("org/m",)),
+        ("/venv/bin/transformers", ["serve", "--continuous-batching", "--device", "cpu", "/m"], ("/m",)),
+        ("transformers", ["serve", "--port", "1"], ()),
+        ("ollama", ["serve"], ()),
+    ],
+)
+def test_the_names_that_other_engines_serve(command: str, args: list[str], names: tuple[str, ...]) -> None:
+    read = read_arguments(command, args)
+    assert (read.is_vllm, read.takes_a_socket, read.served_names) == (False, False, names)
+    entry = {"command": command, "args": args, "endpoints": {"base_url": "http://localhost:1"}}
+    assert parse_config({"llmModels": {"m": entry}}, environ={}).models["m"].served_names == names
 
 
 def test_a_double_dash_ends_the_options() -> None:
@@ -85,7 +111,7 @@ def test_a_double_dash_ends_the_options() -> None:
 
 def test_a_double_dash_of_a_launcher_does_not() -> None:
     read = read_arguments("uv", ["run", "--port", "1", "--", "vllm", "serve", "m", "--served-model-name", "a"])
-    assert (read.port, read.model, read.served_model_names) == (None, "m", ("a",))
+    assert (read.port, read.served_names) == (None, ("a",))
     read = read_arguments("uv", ["run", "--", "vllm", "serve", "m", "--port", "2"])
     assert read.port is not None
     assert (read.port.index, read.port.value) == (5, "2")

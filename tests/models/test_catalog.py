@@ -146,7 +146,7 @@ async def test_a_single_model_is_meant_by_everything() -> None:
         (["s", "t"], ["s", "t"], "s"),
         (["s", "t"], ["t"], "t"),
         (["s"], ["other"], "other"),
-        (["s"], ["one", "two"], None),
+        (["s"], ["one", "two"], "s"),  # a list of what it could serve: transformers'
         ([], ["one"], "one"),
         ([], ["one", "two"], None),
         ([], [], None),
