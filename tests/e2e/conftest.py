@@ -21,7 +21,7 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it looks for a newer
 os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")
 
 # The SDKs are installed for the e2e session only; every other session collects this folder too.
-collect_ignore = [] if importlib.util.find_spec("openai") else ["test_clients.py"]
+collect_ignore = [] if importlib.util.find_spec("openai") else ["test_clients.py", "test_engines.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""The gateway as a process with a real vLLM behind it, and what can be seen of both from outside."""
+"""The gateway as a process with a real vLLM, or another engine, behind it, and what can be seen of both outside."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Launch = Literal["run", "uvicorn", "socket"]
-"""How the gateway is started; ``socket``: as ``run``, with a vLLM that nobody has given a port."""
+Launch = Literal["run", "uvicorn", "socket", "transformers"]
+"""How the gateway is started; ``socket``: as ``run``, with a vLLM that nobody has given a port; ``transformers``: as
+``run``, with ``transformers serve`` in vLLM's place."""
 LOADING = 300.0
 """Seconds within which vLLM must be ready."""
 CLEARING = 60.0
@@ -189,7 +190,12 @@ class Runner:
         self._started += 1
         port, vllm_port, marker = free_port(), free_port(), f"e2e-{uuid.uuid4()}"
         configuration = self._folder / f"models-{self._started}.json"
-        configuration.write_text(json.dumps(self._document(None if launch == "socket" else vllm_port, marker)))
+        if launch == "transformers":
+            model = self._transformers(vllm_port)
+        else:
+            model = self._vllm(None if launch == "socket" else vllm_port)
+        model["env"] |= {"E2E_MARKER": marker}
+        configuration.write_text(json.dumps({"llmModels": {"smol": model}}))
         log = self._folder / f"gateway-{self._started}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -213,19 +219,30 @@ class Runner:
             for process in gateway.model_processes():
                 os.kill(process.pid, signal.SIGKILL)
 
-    def _document(self, port: int | None, marker: str) -> dict[str, Any]:
+    def _vllm(self, port: int | None) -> dict[str, Any]:
         arguments = ["serve", self._prepared["model"]]
         arguments += [] if port is None else ["--port", str(port), "--host", "127.0.0.1"]
         arguments += ["--served-model-name", "smol", "--max-model-len", "1024", "--enforce-eager"]
-        model = {
+        return {
             "command": self._prepared["vllm"],
             "args": arguments,
-            "env": self._prepared["environment"] | {"E2E_MARKER": marker},
+            "env": {**self._prepared["environment"]},
             "stop_timeout": 6,  # a vLLM that is still loading takes no notice of SIGTERM
             "endpoints": {} if port is None else {"base_url": f"http://127.0.0.1:{port}/v1"},
             "max_restarts": 10,  # it is killed several times within the minute that would forget the ones before
         }
-        return {"llmModels": {"smol": model}}
+
+    def _transformers(self, port: int) -> dict[str, Any]:
+        """As ``docs/engines.md`` has it; its list of models is what lies in the cache folder: here nothing."""
+        cache = self._folder / "hub"
+        cache.mkdir(exist_ok=True)
+        arguments = ["serve", self._prepared["model"], "--device", "cpu"]
+        return {
+            "command": str(Path(self._prepared["vllm"]).with_name("transformers")),
+            "args": [*arguments, "--port", str(port), "--host", "127.0.0.1"],
+            # Its threads wait for each other spinning: on a busy machine two of them are ten times slower than one.
+            "env": {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        }
 
 
 def _command(launch: Launch, configuration: Path, port: int) -> list[str]:
