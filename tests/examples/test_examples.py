@@ -124,6 +124,29 @@ def test_servers_run_by_somebody_else(environment: dict[str, str], tmp_path: Pat
                 assert httpx.get(f"http://127.0.0.1:{port}/{model}/v1/models").status_code == 200
 
 
+def test_engines(environment: dict[str, str], tmp_path: Path) -> None:
+    """The stub as each of them: what the gateway gives it must be enough to find and to name it."""
+    names = {"llama-server": "smollm2-gguf", "ollama": "llama3.2:3b", "sglang": None, "transformers": None}
+    for program, name in names.items():
+        served = f"--served-model-name {name}" if name else ""
+        port = '--port "${OLLAMA_HOST##*:}"' if program == "ollama" else ""
+        script = tmp_path / "bin" / program
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STUB}" "$@" {served} {port}\n')
+        script.chmod(0o755)
+    expected = {
+        "vllm": "Qwen/Qwen2.5-1.5B-Instruct",
+        "sglang": "qwen-small",
+        "llamacpp": "smollm2-gguf",
+        "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "ollama": "llama3.2:3b",
+    }
+    with run(environment, on_free_ports("engines.json", tmp_path)) as port_of_gateway:
+        for name, served in expected.items():
+            body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}
+            answer = httpx.post(f"http://127.0.0.1:{port_of_gateway}/v1/chat/completions", json=body, timeout=DEADLINE)
+            assert answer.json()["model"] == served
+
+
 def test_fastapi_app(environment: dict[str, str], tmp_path: Path) -> None:
     environment["FLUIDMCP_CONFIG"] = str(on_free_ports("vllm-config.json", tmp_path))
     port = free_port()
