@@ -194,7 +194,7 @@ def test_every_command_is_documented_with_its_options() -> None:
     assert set(re.findall(r"^\| `fluidmcp (\w+)", text, re.MULTILINE)) == set(main.commands)
     for name, command in main.commands.items():
         options = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
-        section = re.search(rf"^## {name}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
+        section = re.search(rf"^## (?:\w+, )*{name}(?:, \w+)*\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
         assert section is not None, name
         missing = {option for option in options if not re.search(rf"{option}\b", section[1])}
         assert not missing, name

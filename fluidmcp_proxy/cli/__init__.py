@@ -6,6 +6,7 @@ import click
 
 from fluidmcp_proxy.cli.check import check
 from fluidmcp_proxy.cli.migrate import migrate
+from fluidmcp_proxy.cli.operate import COMMANDS
 from fluidmcp_proxy.cli.run import run
 from fluidmcp_proxy.cli.schema import schema
 
@@ -18,5 +19,5 @@ def main() -> None:
     """Run language models behind one OpenAI-compatible gateway, from a FluidMCP configuration."""
 
 
-for _command in (run, check, migrate, schema):
+for _command in (run, *COMMANDS, check, migrate, schema):
     main.add_command(_command)

@@ -12,7 +12,7 @@ from fluidmcp_proxy.errors import LifespanNotRunning
 from fluidmcp_proxy.gateway.app import Gateway
 from fluidmcp_proxy.models.state import ModelState, ModelStatus
 
-__all__ = ["report_progress"]
+__all__ = ["report_progress", "url_of"]
 
 _PERIOD = 0.5
 _WIDTH = 110
@@ -20,11 +20,14 @@ _WIDTH = 110
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\)\s*)?([A-Z]+:?\s+)?([\d-]+ [\d:.]+ )?(\[\S+:\d+\]\s*)?")
 
 
-async def report_progress(gateway: Gateway, address: tuple[str, int]) -> None:
-    """Print where the gateway is, then each change of a loading model, until cancelled."""
-    host, port = address
+def url_of(host: str, port: int) -> str:
+    """Where a gateway that is bound to this is to be reached from this machine."""
     shown = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared, not bound
-    url = f"http://{shown}:{port}"
+    return f"http://{shown}:{port}"
+
+
+async def report_progress(gateway: Gateway, url: str) -> None:
+    """Print where the gateway is, then each change of a loading model, until cancelled."""
     seen: dict[str, str] = {}
     greeted = False
     while True:

@@ -9,12 +9,14 @@ import sys
 from types import FrameType
 
 import anyio
+import anyio.abc
 import click
 import uvicorn
 
+from fluidmcp_proxy.cli.control import serve_control
 from fluidmcp_proxy.cli.faults import BadConfiguration
 from fluidmcp_proxy.cli.logs import Terminal, configure_logging
-from fluidmcp_proxy.cli.progress import report_progress
+from fluidmcp_proxy.cli.progress import report_progress, url_of
 from fluidmcp_proxy.cli.protocol import GatewayProtocol
 from fluidmcp_proxy.config.checks import check_exposure
 from fluidmcp_proxy.config.load import load_config
@@ -124,6 +126,7 @@ class _Server(uvicorn.Server):
         self._gateway = gateway
         self._terminal = terminal
         self._listening = listening
+        self._tasks: anyio.abc.TaskGroup | None = None
         self.ended_by: int | None = None
         super().__init__(
             uvicorn.Config(
@@ -154,10 +157,21 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         with ungrouped():  # a start-up that fails comes as SystemExit
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(report_progress, self._gateway, self._listening.getsockname()[:2])
+                self._tasks = tasks
+                tasks.start_soon(report_progress, self._gateway, self._url)
                 tasks.start_soon(self._terminal.flush_forever)
                 await super().serve(sockets)
                 tasks.cancel_scope.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the way for the command line, too, once this gateway is known to be the only one."""
+        await super().startup(sockets)
+        if self._tasks is not None:
+            self._tasks.start_soon(serve_control, self._gateway, self._url)
+
+    @property
+    def _url(self) -> str:
+        return url_of(*self._listening.getsockname()[:2])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop taking requests in the gateway and here together; uvicorn would tell it after the last one only."""

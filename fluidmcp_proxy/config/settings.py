@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 PREFIX = "FLUIDMCP_"
 INTERNAL_PREFIX = "FLUIDMCP_INTERNAL_"
 """Variables that the gateway sets for its own processes: no settings."""
+CLIENT_KEY = "FLUIDMCP_CLIENT_KEY"
+"""Variable with the key that the command line shows to a gateway; no setting. It is not called FLUIDMCP_API_KEY: who
+writes that means API_KEYS, and has to be told."""
 KEEP_ALIVE = 3600
 """Seconds that a vLLM started here keeps an idle connection (its own default, 5, races with the client's pool)."""
 
@@ -239,6 +242,11 @@ def configured_path(environ: Mapping[str, str] | None = None) -> str:
     return path
 
 
+def client_key(environ: Mapping[str, str] | None = None) -> str | None:
+    """The key for a gateway that is reached over HTTP, from ``FLUIDMCP_CLIENT_KEY``."""
+    return (environment() if environ is None else environ).get(CLIENT_KEY) or None
+
+
 def child_environment(model: ModelConfig, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a model's program: the gateway's less ``FLUIDMCP_*``, a few defaults, and the model's own.
 
@@ -298,7 +306,7 @@ def _check_types(explicit: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    known = [variable(name) for name in Settings.model_fields]
+    known = [*map(variable, Settings.model_fields), CLIENT_KEY]
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name in known or name.startswith(INTERNAL_PREFIX):
             continue

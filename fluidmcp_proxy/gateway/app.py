@@ -18,7 +18,7 @@ from fluidmcp_proxy.gateway.administration import act, send_logs
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.cors import answering, preflight
-from fluidmcp_proxy.gateway.entrance import Entrance, Visitor
+from fluidmcp_proxy.gateway.entrance import Entrance, OwnersEntrance, Visitor
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.record import RequestRecord, log_request
@@ -86,6 +86,7 @@ class Gateway:
         self.config = config
         self._report = report
         self._entrance = Entrance(config, served_by)
+        self._owners_entrance = OwnersEntrance(config)
         self._hosts = {name: address_of(model).authority for name, model in config.models.items()}
         self._authorizations = {
             name: b"Bearer " + model.api_key.get_secret_value().encode() if model.api_key else None
@@ -153,12 +154,16 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            await self._answer(scope, receive, send)
+            await self._answer(self._entrance, scope, receive, send)
         elif scope["type"] == "lifespan":
             await serve_lifespan(self.run(), receive, send)
         elif scope["type"] == "websocket":
             await receive()  # websocket.connect
             await self._connect(scope, receive, send)
+
+    async def control(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI for the user who runs the gateway, without keys: to be served where nobody else comes."""
+        await self._answer(self._owners_entrance, scope, receive, send)
 
     def claims(self, scope: Scope) -> bool:
         """Whether the path of ``scope`` begins with the id of a model."""
@@ -167,16 +172,16 @@ class Gateway:
         except GatewayError:
             return False
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, entrance: Entrance, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive, send)
-        origin = self._tell_browsers(request) if self._entrance.lists_origins else None
+        origin = self._tell_browsers(request) if entrance.lists_origins else None
         try:
-            target = self._entrance.admit(scope, request.headers, request.noted)
+            target = entrance.admit(scope, request.headers, request.noted)
             if origin is not None and (allowed := preflight(scope["method"], request.headers)) is not None:
                 await respond(request.send, 200, b"", request.id, allowed)
                 self._end(request, 200, "complete")
                 return
-            self._identify(request, target)
+            request.identify(entrance, target)
             route = request.visitor.router.route(scope["method"], target)
             request.route = route.label
             if isinstance(route, Forward):
@@ -202,7 +207,7 @@ class Gateway:
         request = _Request(scope, receive, send)
         try:
             target = self._entrance.admit(scope, request.headers, request.noted)
-            self._identify(request, target)
+            request.identify(self._entrance, target)
             route = request.visitor.router.route_websocket(target)
             request.route, request.model = route.label, route.model
             await self._converse(route, request)
@@ -237,10 +242,6 @@ class Gateway:
         origin = self._entrance.listed_origin(request.noted)
         request.send = answering(request.send, origin)
         return origin
-
-    def _identify(self, request: _Request, target: Target) -> None:
-        request.visitor = self._entrance.identify(request.scope, request.headers, target)
-        request.key = request.visitor.keys.name
 
     async def _forward_by_name(self, target: Target, request: _Request) -> None:
         catalog, body = request.visitor.seen(self._running().catalog), self._body(request)
@@ -378,6 +379,11 @@ class _Request:
         self.route = self.model = self.key = "-"
         self.lease: Lease | None = None
         self.trace: Trace | None = None
+
+    def identify(self, entrance: Entrance, target: Target) -> None:
+        """Find out whose it is. Raises ``InvalidApiKey``."""
+        self.visitor = entrance.identify(self.scope, self.headers, target)
+        self.key = self.visitor.keys.name
 
     @property
     def elapsed(self) -> float:

@@ -18,7 +18,7 @@ from fluidmcp_proxy.config.endpoint import LONGEST_SOCKET
 from fluidmcp_proxy.process.listener import owned_inodes
 from fluidmcp_proxy.process.owner import private_folder
 
-__all__ = ["is_free", "private_path", "remove", "verified"]
+__all__ = ["is_free", "private_path", "remove", "socket_folder", "verified"]
 
 _ACCEPTS = 0x10000  # __SO_ACCEPTCON, include/uapi/linux/net.h
 
@@ -33,17 +33,21 @@ def private_path(runtime_dir: Path, of: str) -> str:
         FluidMCPError: the folder cannot be used.
     """
     stem = hashlib.sha256(of.encode("utf-8", "replace")).hexdigest()[:12]
-    folder = _folder(runtime_dir)
+    folder = socket_folder(runtime_dir, "sockets")
     for left in folder.glob(f"{stem}-*"):
         remove(str(left))
     return str(folder / f"{stem}-{secrets.token_hex(4)}")
 
 
-def _folder(runtime_dir: Path) -> Path:
-    """Where the paths are short enough: in the runtime folder, else in one of the same user below ``/tmp``."""
-    folder = runtime_dir / "sockets"
+def socket_folder(runtime_dir: Path, name: str) -> Path:
+    """A private folder where paths are short enough: in the runtime folder, else in one of the user below ``/tmp``.
+
+    Raises:
+        FluidMCPError: it cannot be used.
+    """
+    folder = runtime_dir / name
     if len(os.fsencode(folder)) + 22 > LONGEST_SOCKET:
-        folder = Path("/tmp", f"fluidmcp-{os.getuid()}", "sockets")  # noqa: S108 - private_folder() looks whose it is
+        folder = Path("/tmp", f"fluidmcp-{os.getuid()}", name)  # noqa: S108 - private_folder() looks whose it is
     private_folder(folder.parent)
     private_folder(folder)
     folder.chmod(0o700)

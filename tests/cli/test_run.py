@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -22,93 +18,9 @@ from websockets.sync.client import connect
 
 from fluidmcp_proxy.cli.run import bind
 from fluidmcp_proxy.config.load import parse_config
-from tests.process.marks import Mark, marked
-from tests.serving import DEADLINE, STUB, eventually, free_port
-
-FLUIDMCP = [sys.executable, "-m", "fluidmcp_proxy", "run"]
-
-
-@pytest.fixture
-def mark() -> Iterator[Mark]:
-    with marked() as mark:
-        yield mark
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A file whose ``command`` is a ``vllm`` on PATH: the stub server, with two processes that ignore SIGTERM."""
-    program = tmp_path / "bin" / "vllm"
-    program.parent.mkdir()
-    words = [sys.executable, "-S", "-E", str(STUB)]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@" --children 1 --ignore-sigterm\n')
-    program.chmod(0o755)
-    port = str(free_port())
-    model = {"command": "vllm", "args": ["serve", "m", "--port", port], "stop_timeout": 0.3}
-    model["endpoints"] = {"base_url": f"http://127.0.0.1:{port}/v1"}
-    folders = {"log_dir": str(tmp_path / "log"), "runtime_dir": str(tmp_path / "run"), "drain_timeout": 0.2}
-    path = tmp_path / "models.json"
-    path.write_text(json.dumps({"llmModels": {"m": model}, "gateway": folders}))
-    return path
-
-
-class Running:
-    """A command line with the stub on PATH, and what it has written to either stream."""
-
-    def __init__(self, argv: tuple[str, ...], environment: dict[str, str], output: Path) -> None:
-        self._output = output
-        with output.open("w") as file:
-            self.process = subprocess.Popen(argv, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def said(self) -> str:
-        return self._output.read_text()
-
-    def until_said(self, words: str) -> str:
-        """Wait for a line with these words, and return it."""
-
-        def look() -> list[str]:
-            ended = self.process.poll() is not None
-            lines = [line for line in self.said.splitlines() if words in line]
-            assert lines or not ended, self.said
-            return lines
-
-        line: str = eventually(look, f"it says '{words}'")[-1]
-        return line
-
-    def send(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def ended(self) -> int:
-        """Wait for its end; the exit code."""
-        return self.process.wait(DEADLINE)
-
-
-Program = Callable[..., contextlib.AbstractContextManager[Running]]
-
-
-@pytest.fixture
-def program(mark: Mark, config: Path) -> Program:
-    """Run a command line; at its end nothing of it may be left."""
-
-    @contextlib.contextmanager
-    def run(*argv: str, **variables: str) -> Iterator[Running]:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("FLUIDMCP_")}
-        env |= {"PATH": f"{config.parent / 'bin'}:{env['PATH']}", "FAULT_TEST": mark.value}
-        env |= {"FLUIDMCP_CONFIG": str(config), "PYTHONUNBUFFERED": "1"}
-        env |= variables
-        running = Running(argv, env, config.with_name(f"output-{time.monotonic_ns()}"))
-        try:
-            yield running
-        finally:
-            running.process.kill()
-            running.process.wait()
-        mark.wait_for(0)
-
-    return run
+from tests.cli.program import FLUIDMCP, Program
+from tests.process.marks import Mark
+from tests.serving import DEADLINE, eventually, free_port
 
 
 @pytest.mark.parametrize("command", [FLUIDMCP, [str(Path(sys.executable).with_name("fluidmcp")), "run"]])

@@ -223,3 +223,10 @@ def test_how_long_another_server_keeps_a_connection_is_not_known() -> None:
     }
     for model in parse_config({"llmModels": models}, environ={}).models.values():
         assert server_keep_alive(model, {}) is None
+
+
+def test_the_key_for_another_gateway_is_no_setting() -> None:
+    read_settings(environ={"FLUIDMCP_CLIENT_KEY": "kanarie"})
+    with pytest.raises(ConfigError) as caught:
+        read_settings(environ={"FLUIDMCP_API_KEY": "kanarie"})
+    assert "FLUIDMCP_API_KEYS" in str(caught.value)
