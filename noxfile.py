@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -51,6 +52,13 @@ def group(name: str) -> list[str]:
 def lowest_versions() -> list[str]:
     """The runtime dependencies at the lowest version that pyproject.toml admits."""
     return [re.sub(r">=\s*([^,;\s]+).*", r"==\1", requirement) for requirement in PYPROJECT["project"]["dependencies"]]
+
+
+def package_version() -> str:
+    """The version, read and not imported."""
+    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "fluidmcp_proxy" / "__init__.py").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
 
 
 @nox.session
@@ -107,6 +115,36 @@ def build(session: nox.Session) -> None:
     session.install("--force-reinstall", str(wheel), "twine")
     session.run("twine", "check", "--strict", str(wheel))
     session.run("python", str(ROOT / "tests" / "check_wheel.py"), str(wheel))
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """What a release has, in dist/: packages, lock file, SBOM, checksums. -- v1.2.3: only if that is the version."""
+    for tag in session.posargs:
+        released = f"## [{tag.removeprefix('v')}]" in (ROOT / "CHANGELOG.md").read_text()
+        if tag != f"v{package_version()}" or not released:
+            session.error(f"{tag} is not the version in fluidmcp_proxy/__init__.py, or CHANGELOG.md does not have it")
+    session.install(*group("release"))
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
+    packages = sorted(str(path) for path in dist.iterdir())
+    session.run("twine", "check", "--strict", *packages)
+    lock = str(dist / "requirements.lock")
+    options = ("--universal", f"--python-version={SUPPORTED[0]}", "--generate-hashes", "--no-header", "--quiet")
+    session.run("uv", "pip", "compile", "pyproject.toml", *options, "--output-file", lock)
+    environment = Path(session.create_tmp(), "locked")
+    session.run("python", "-m", "venv", "--clear", str(environment))
+    pip = (str(environment / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check")
+    session.run(*pip, "install", "--require-hashes", "-r", lock, external=True)
+    session.run(*pip, "install", "--no-deps", next(path for path in packages if path.endswith(".whl")), external=True)
+    session.run(*pip, "check", external=True)
+    session.run(str(environment / "bin" / "fluidmcp"), "--version", external=True)
+    session.run(*pip, "uninstall", "--yes", "pip", "setuptools", external=True)  # no part of what is released
+    bill = ("--pyproject", "pyproject.toml", "--output-reproducible", "--output-file", str(dist / "sbom.cdx.json"))
+    session.run("cyclonedx-py", "environment", str(environment / "bin" / "python"), *bill)
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(dist.iterdir())]
+    (dist / "SHA256SUMS").write_text("".join(sums))
 
 
 @nox.session
