@@ -16,6 +16,9 @@ ROOT = Path(__file__).parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SUPPORTED = ("3.11", "3.12", "3.13")
 
+# Each file by one process: its fixtures are servers.
+IN_PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+
 nox.options.sessions = ["lint", "types", "tests", "lowest", "examples", "build", "e2e"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
@@ -81,14 +84,14 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything that needs no vLLM."""
     session.install("-e", ".", *group("test"))
-    session.run("pytest", "-m", "not e2e", *session.posargs)
+    session.run("pytest", *IN_PARALLEL, "-m", "not e2e", *session.posargs)
 
 
 @nox.session
 def lowest(session: nox.Session) -> None:
     """The same with the lowest versions of the direct dependencies."""
     session.install("-e", ".", *group("test"), *lowest_versions())
-    session.run("pytest", "-m", "not e2e", *session.posargs)
+    session.run("pytest", *IN_PARALLEL, "-m", "not e2e", *session.posargs)
 
 
 @nox.session

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -12,3 +16,10 @@ settings.register_profile("fuzz", max_examples=20_000)
 def anyio_backend() -> str:
     """Run ``anyio`` tests on asyncio; a test that is about trio asks for it itself."""
     return "asyncio"
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """As ``tmp_path``, where the path of a Unix socket has room in the kernel's 108 bytes."""
+    with tempfile.TemporaryDirectory(prefix="fmcp-", dir="/tmp") as folder:
+        yield Path(folder)

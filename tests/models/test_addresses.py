@@ -26,13 +26,13 @@ Configure = Callable[..., GatewayConfig]
 
 
 @pytest.fixture
-def configure(tmp_path: Path) -> Configure:
+def configure(short_path: Path) -> Configure:
     """A configuration with one model, the stub as a ``vllm serve m`` with more arguments."""
-    program = str(vllm_program(tmp_path))
+    program = str(vllm_program(short_path))
 
     def make(*arguments: str, **keys: Any) -> GatewayConfig:
         model = {"command": program, "args": ["serve", "m", *arguments], "restart_delay": 0.01, "stop_timeout": 0.3}
-        gateway = {"log_dir": str(tmp_path / "log"), "runtime_dir": str(tmp_path / "run"), "drain_timeout": 0.2}
+        gateway = {"log_dir": str(short_path / "log"), "runtime_dir": str(short_path / "run"), "drain_timeout": 0.2}
         document = {"llmModels": {"m": {**model, **keys}}, "gateway": gateway}
         return parse_config(document, environ={"PATH": os.environ["PATH"]})
 
@@ -46,21 +46,21 @@ def path_of(status: ModelStatus) -> Path:
     return Path(path)
 
 
-async def test_a_vllm_without_a_port_is_given_a_socket(configure: Configure, tmp_path: Path) -> None:
+async def test_a_vllm_without_a_port_is_given_a_socket(configure: Configure, short_path: Path) -> None:
     async with open_fleet(configure("--enforce-eager")) as fleet:
         status = await until(fleet, "m", "ready")
         path = path_of(status)
         assert path.is_socket()
-        assert path.parent.parent == tmp_path / "run"
+        assert path.parent.parent == short_path / "run"
     assert not path.exists()
 
 
 @pytest.mark.parametrize(("written", "keys"), [(False, {}), (True, {}), (True, {"verify_listener": False})])
 async def test_each_start_finds_its_way_free(
-    configure: Configure, tmp_path: Path, written: bool, keys: dict[str, Any]
+    configure: Configure, short_path: Path, written: bool, keys: dict[str, Any]
 ) -> None:
     """Killed, the server leaves the file of its socket behind, as when it ends by itself."""
-    path = tmp_path / "a socket"
+    path = short_path / "a socket"
     async with open_fleet(configure(*(["--uds", str(path)] if written else []), **keys)) as fleet:
         first = await until(fleet, "m", "ready")
         assert first.pid is not None
@@ -73,16 +73,16 @@ async def test_each_start_finds_its_way_free(
     assert not path_of(second).exists()
 
 
-async def test_what_an_earlier_server_left_does_not_stop_the_next_one(configure: Configure, tmp_path: Path) -> None:
-    path = tmp_path / "s"
+async def test_what_an_earlier_server_left_does_not_stop_the_next_one(configure: Configure, short_path: Path) -> None:
+    path = short_path / "s"
     with socket.socket(socket.AF_UNIX) as earlier:
         earlier.bind(str(path))
     async with open_fleet(configure("--uds", str(path))) as fleet:
         assert (await until(fleet, "m", "ready")).spawns == 1
 
 
-async def test_a_stranger_at_the_socket_gets_no_request(configure: Configure, tmp_path: Path) -> None:
-    path = tmp_path / "s"
+async def test_a_stranger_at_the_socket_gets_no_request(configure: Configure, short_path: Path) -> None:
+    path = short_path / "s"
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.bind(str(path))
         stranger.listen()
@@ -101,17 +101,17 @@ async def test_a_stranger_at_the_socket_gets_no_request(configure: Configure, tm
     assert path.exists()  # not ours to remove
 
 
-async def test_a_file_at_the_socket_s_path_stays(configure: Configure, tmp_path: Path) -> None:
-    path = tmp_path / "precious"
+async def test_a_file_at_the_socket_s_path_stays(configure: Configure, short_path: Path) -> None:
+    path = short_path / "precious"
     path.write_text("data")
     async with open_fleet(configure("--uds", str(path))) as fleet:
         assert (await until(fleet, "m", "failed")).reason == "port_in_use"
     assert path.read_text() == "data"
 
 
-async def test_a_runtime_folder_that_cannot_be_used(configure: Configure, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "sockets").touch()
+async def test_a_runtime_folder_that_cannot_be_used(configure: Configure, short_path: Path) -> None:
+    (short_path / "run").mkdir()
+    (short_path / "run" / "sockets").touch()
     async with open_fleet(configure(max_restarts=1)) as fleet:
         status = await until(fleet, "m", "failed")
     assert (status.reason, status.restarts, status.spawns) == ("no_socket", 1, 0)
@@ -120,8 +120,8 @@ async def test_a_runtime_folder_that_cannot_be_used(configure: Configure, tmp_pa
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_requests_go_through_the_socket(configure: Configure, tmp_path: Path, written: bool) -> None:
-    gateway = Gateway(configure(*(["--uds", str(tmp_path / "s")] if written else [])))
+def test_requests_go_through_the_socket(configure: Configure, short_path: Path, written: bool) -> None:
+    gateway = Gateway(configure(*(["--uds", str(short_path / "s")] if written else [])))
     with TestClient(gateway, base_url="http://localhost") as client:
         assert client.get("/m/v1/models").json()["data"][0]["id"] == "m"
         received = client.post("/m/v1/echo", json={"a": 1}).json()

@@ -36,15 +36,15 @@ CHAT = json.dumps({"messages": [{"role": "user", "content": "Hello!"}], "max_tok
 
 
 @pytest.fixture
-def configure(tmp_path: Path) -> Configure:
+def configure(short_path: Path) -> Configure:
     """Three replicas of the stub as a ``vllm serve m`` with more arguments, unless ``keys`` say otherwise."""
-    program = str(vllm_program(tmp_path))
+    program = str(vllm_program(short_path))
 
     def make(*arguments: str, **keys: Any) -> GatewayConfig:
         launched = {"command": program, "args": ["serve", "m", *arguments], "replicas": 3}
         patience = {"restart_delay": 0.01, "stop_timeout": 0.3}
         model = keys if "endpoints" in keys else {**launched, **patience, **keys}
-        gateway = {"log_dir": str(tmp_path / "log"), "runtime_dir": str(tmp_path / "run"), "drain_timeout": 5}
+        gateway = {"log_dir": str(short_path / "log"), "runtime_dir": str(short_path / "run"), "drain_timeout": 5}
         return parse_config({"llmModels": {"m": model}, "gateway": gateway}, environ={"PATH": os.environ["PATH"]})
 
     return make
@@ -175,17 +175,17 @@ async def _restart_once_busy(fleet: Fleet) -> None:
     fleet.scheduler.restart("m")
 
 
-async def test_each_has_its_socket_its_log_and_its_devices(configure: Configure, tmp_path: Path) -> None:
+async def test_each_has_its_socket_its_log_and_its_devices(configure: Configure, short_path: Path) -> None:
     arguments = ("--print-env", "CUDA_VISIBLE_DEVICES")
     async with open_fleet(configure(*arguments, gpus=[0, 1, 2, 3, 4, 5])) as fleet:
         status = await until(fleet, "m", all_ready)
         addresses = [replica.address for replica in status.replicas]
         assert len(set(addresses)) == 3
         assert all(address is not None and address.startswith("unix:/") for address in addresses)
-        assert len(list((tmp_path / "run" / "sockets").iterdir())) == 3
-    assert not list((tmp_path / "run" / "sockets").iterdir())
+        assert len(list((short_path / "run" / "sockets").iterdir())) == 3
+    assert not list((short_path / "run" / "sockets").iterdir())
     for number, devices in enumerate(("0,1", "2,3", "4,5")):
-        assert f"CUDA_VISIBLE_DEVICES={devices}\n" in (tmp_path / "log" / f"m.{number}.log").read_text()
+        assert f"CUDA_VISIBLE_DEVICES={devices}\n" in (short_path / "log" / f"m.{number}.log").read_text()
 
 
 async def test_another_program_is_told_a_port(configure: Configure) -> None:
