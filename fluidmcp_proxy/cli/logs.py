@@ -8,6 +8,7 @@ import time
 
 import anyio
 
+from fluidmcp_proxy.cli.terminal import Board
 from fluidmcp_proxy.config.settings import LogFormat
 from fluidmcp_proxy.gateway.record import RequestRecord, access_log
 from fluidmcp_proxy.gateway.relay import AnswerTruncated
@@ -28,12 +29,13 @@ class Terminal(logging.StreamHandler):  # type: ignore[type-arg]
     """Standard error. Lines of requests (``report``) are held back for a moment and written together.
 
     A line alone costs a system call or two, which is as much as checking a request does. Any other line writes at once
-    what was held back, so the order stays.
+    what was held back, so the order stays. A ``board`` on the same terminal makes room first.
     """
 
     def __init__(self, form: LogFormat = "text") -> None:
         super().__init__()
         self._held: list[str] = []
+        self.board: Board | None = None
         self._form = _JsonFormatter() if form == "json" else _Formatter()
         self.setFormatter(self._form)
         self.addFilter(_is_no_abort)
@@ -58,6 +60,8 @@ class Terminal(logging.StreamHandler):  # type: ignore[type-arg]
         """Write what is held back."""
         held, self._held = self._held, []
         if held:
+            if self.board is not None:
+                self.board.clear()
             self.stream.write("\n".join([*held, ""]))
         super().flush()
 

@@ -16,6 +16,7 @@ import anyio
 import click
 
 from fluidmcp_proxy.cli.remote import Remote, connected
+from fluidmcp_proxy.cli.terminal import table
 from fluidmcp_proxy.config.faults import printable
 
 __all__ = ["COMMANDS"]
@@ -90,7 +91,8 @@ async def _show_status(remote: Remote, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"models": models}, indent=2))
     else:
-        _print_table([_HEAD, *(_row(model, time.time()) for model in models)])
+        for line in table([_HEAD, *(_row(model, time.time()) for model in models)]):
+            click.echo(line)
 
 
 async def _act(remote: Remote, *, model: str, verb: str, as_json: bool) -> None:
@@ -131,9 +133,3 @@ def _span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0, seconds):.0f} s"
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -18,6 +18,7 @@ from fluidmcp_proxy.cli.faults import BadConfiguration
 from fluidmcp_proxy.cli.logs import Terminal, configure_logging
 from fluidmcp_proxy.cli.progress import report_progress, url_of
 from fluidmcp_proxy.cli.protocol import GatewayProtocol
+from fluidmcp_proxy.cli.terminal import Board
 from fluidmcp_proxy.config.checks import check_exposure
 from fluidmcp_proxy.config.load import load_config
 from fluidmcp_proxy.config.models import GatewayConfig
@@ -158,7 +159,8 @@ class _Server(uvicorn.Server):
         with ungrouped():  # a start-up that fails comes as SystemExit
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
-                tasks.start_soon(report_progress, self._gateway, self._url)
+                board = self._terminal.board = Board(sys.stdout) if sys.stdout.isatty() else None
+                tasks.start_soon(report_progress, self._gateway, self._url, board)
                 tasks.start_soon(self._terminal.flush_forever)
                 await super().serve(sockets)
                 tasks.cancel_scope.cancel()
