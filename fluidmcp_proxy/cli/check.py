@@ -1,6 +1,7 @@
 """``fluidmcp check``: is this configuration good, and what would it do?
 
-It starts nothing and opens no connection.
+It starts nothing and opens no connection. What would go wrong on this machine now is a warning: the file may be meant
+for another one, or be in use.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import shutil
 import sys
 from collections.abc import Iterator
 
+import anyio
 import click
 
 from fluidmcp_proxy.config import GatewayConfig, ModelConfig, child_environment, configured_path, load_config
+from fluidmcp_proxy.config.capacity import overcommitted
 from fluidmcp_proxy.config.checks import check_exposure
 from fluidmcp_proxy.config.endpoint import Endpoint
 from fluidmcp_proxy.config.faults import printable
 from fluidmcp_proxy.config.replicas import gets_a_socket
 from fluidmcp_proxy.errors import ConfigError
+from fluidmcp_proxy.process.listener import port_is_free
 
 from .faults import BadConfiguration
 
@@ -28,6 +32,9 @@ _WIDTH = 100
 @click.argument("config", required=False, type=click.Path())
 def check(config: str | None) -> None:
     """Check CONFIG (by default the file in FLUIDMCP_CONFIG) and show what it would run.
+
+    Warnings are about secrets in the open, servers that the network can reach, and what would fail on this machine now:
+    programs that are missing, ports that are taken, GPUs without room for all that start together.
 
     Exit code 0: it can be used, perhaps with warnings. 2: it cannot; one line says why.
     """
@@ -90,3 +97,21 @@ def shortcomings(config: GatewayConfig) -> Iterator[str]:
         if shutil.which(model.command, path=child_environment(model).get("PATH", "/usr/bin:/bin")) is None:
             place = "there is no such program" if "/" in model.command else "not on PATH"
             yield f"llmModels.{model.id}.command: {place}; the model would fail until it is installed"
+    yield from anyio.run(_taken_ports, config)
+    yield from overcommitted(config.models.values())
+
+
+async def _taken_ports(config: GatewayConfig) -> list[str]:
+    """The ports that the gateway and its models need, and that somebody listens on."""
+    unless = "unless that is this gateway, which is running"
+    found = []
+    settings = config.settings
+    if settings.port and not await port_is_free(settings.host, settings.port):
+        found.append(f"port {settings.port} of {settings.host} is taken; {unless}, it could not start")
+    for model in config.models.values():
+        end = model.endpoint
+        if model.command is None or end is None or end.uds is not None:
+            continue
+        if not await port_is_free(end.host, end.port):
+            found.append(f"llmModels.{model.id}: port {end.port} is taken; {unless}, the model would fail")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -153,3 +154,27 @@ def test_an_address_that_others_can_reach_without_keys(
     if code:
         assert outcome.stderr.startswith("invalid_value: gateway.host: 0.0.0.0 can be reached from elsewhere")
         assert "--allow-open" in outcome.stderr
+
+
+def test_a_port_that_is_taken(run: Callable[..., Any], tmp_path: Path) -> None:
+    program(tmp_path)
+    with socket.socket() as one, socket.socket() as two:
+        for listening in (one, two):
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+        taken, gateways = (listening.getsockname()[1] for listening in (one, two))
+        model = {"command": "server", "args": ["--port", str(taken)], "env": {"PATH": str(tmp_path)}}
+        document = {"llmModels": {"m": model}, "gateway": {"port": gateways}}
+        result = run(document)
+    assert result.exit_code == 0
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    assert [line.partition(" is taken")[0] for line in warnings] == [
+        f"warning: port {gateways} of 127.0.0.1",
+        f"warning: llmModels.m: port {taken}",
+    ]
+    assert "is taken;" not in run(document).stdout
+
+
+def test_a_gpu_without_room(run: Callable[..., Any]) -> None:
+    models = {name: {"command": "vllm", "args": ["serve", name]} for name in ("a", "b")}
+    assert "warning: GPU 0: a 0.9, b 0.9: together 1.8 of its memory" in run({"llmModels": models}).stdout
