@@ -19,7 +19,7 @@ SUPPORTED = ("3.11", "3.12", "3.13")
 # Each file by one process: its fixtures are servers.
 IN_PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 
-nox.options.sessions = ["lint", "types", "tests", "lowest", "examples", "build", "e2e"]
+nox.options.sessions = ["lint", "types", "tests", "lowest", "examples", "docs", "build", "e2e"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
@@ -106,6 +106,13 @@ def examples(session: nox.Session) -> None:
     """Every example, run, and the documentation's."""
     session.install("-e", ".", *group("examples"))
     session.run("pytest", "tests/examples", "tests/test_docs.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, in site/: a link that leads nowhere fails. -- serve: while you write."""
+    session.install("-e", ".", *group("docs"))
+    session.run("mkdocs", *(session.posargs or ("build", "--strict")), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session
