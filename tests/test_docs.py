@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.cli import main
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.config.migrate import migrate
+from fluidmcp_proxy.config.settings import CLIENT_KEY, Settings, variable
 from fluidmcp_proxy.gateway import pages
 from fluidmcp_proxy.gateway.record import RequestRecord
 from fluidmcp_proxy.models.address import address_of
@@ -39,6 +41,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SESSIONS = re.compile(r"`(python3 dev.py [a-z][^`…]*)`")
+SCRIPT = re.compile(r"`(python3? (?:benchmarks|examples)/[^`…]*)`")
 INLINE = re.compile(r"`(fluidmcp [a-z][^`…]*)`")
 VARIABLES = {"HF_TOKEN": "hf_example", "OPENAI_API_KEY": "sk-example"}
 VARIABLES |= {name: f"{name}-0123456789abcdef" for name in ("ALICE_KEY", "OPS_KEY")}
@@ -115,7 +119,9 @@ def options_of(line: str) -> list[str]:
     return [word.partition("=")[0] for word in shlex.split(line, comments=True) if word.startswith("-")]
 
 
-COMMANDS = [(page, line) for page, line in shell_lines() if line.startswith("fluidmcp ")]
+# A command may have variables or a launcher in front of it.
+OURS = re.compile(r"^(?:[A-Z_]+=\S+ |\w+-instrument )*(?=fluidmcp [a-z])")
+COMMANDS = [(page, OURS.sub("", line)) for page, line in shell_lines() if OURS.match(line)]
 COMMANDS += [(page.name, line) for page in PAGES for line in INLINE.findall(page.read_text())]
 
 
@@ -147,11 +153,62 @@ def test_what_the_asgi_servers_are_told_to_serve_can_be_found() -> None:
 
 def test_the_sessions_that_are_named_exist() -> None:
     known = {"test", "list", *re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE)}
-    lines = [line.partition(" -- ")[0] for _, line in shell_lines() if line.startswith("python3 dev.py")]
+    lines = [line.partition(" -- ")[0] for _, line in shell_lines() if line.startswith(("python3 dev.py", "nox -s"))]
+    lines += [line.partition(" -- ")[0] for page in PAGES for line in SESSIONS.findall(page.read_text())]
     assert lines
     for line in lines:
         words = shlex.split(line, comments=True)[2:]
         assert {word.partition("-")[0] for word in words if not word.startswith("-")} <= known, line
+
+
+PROGRAMS = [(page, line) for page, line in shell_lines() if re.match(r"python3? \w+/", line)]
+PROGRAMS += [(page.name, line) for page in PAGES for line in SCRIPT.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(PROGRAMS)))
+def test_programs_exist_with_their_options(page: str, line: str) -> None:
+    text = (ROOT / shlex.split(line)[1]).read_text()
+    for option in {*options_of(line)} - {"--help"}:
+        assert f'"{option}"' in text, option
+
+
+@pytest.mark.parametrize("text", blocks("bash"))
+def test_shell_blocks_are_shell(text: str) -> None:
+    result = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_extras_exist() -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for page in PAGES for name in re.findall(r"(?:\.|fluidmcp-proxy)\[(\w+)\]", page.read_text())}
+    assert named
+    assert named <= set(known)
+
+
+def test_images_are_built_from_files_and_arguments_that_exist() -> None:
+    lines = [shlex.split(line) for _, line in shell_lines() if line.startswith("docker build")]
+    assert lines
+    for words in lines:
+        text = (ROOT / words[words.index("-f") + 1]).read_text()
+        for word in (words[at + 1] for at, word in enumerate(words) if word == "--build-arg"):
+            assert f"ARG {word.partition('=')[0]}=" in text
+
+
+def test_variables_exist() -> None:
+    known = {*map(variable, Settings.model_fields), CLIENT_KEY}
+    told = {name for page in PAGES for name in re.findall(r"\bFLUIDMCP_[A-Z_]*[A-Z]\b", page.read_text())}
+    assert {name for name in told if not name.startswith(("FLUIDMCP_INTERNAL", "FLUIDMCP_SERVICE"))} <= known
+
+
+def test_every_kind_of_block_is_looked_at() -> None:
+    """``text`` is what a program prints, checked by the tests of quotations; nginx by tests/examples/test_nginx.py."""
+    kinds = {kind for page in PAGES for kind, _ in BLOCK.findall(page.read_text())}
+    assert kinds <= {"", "bash", "json", "nginx", "python", "text", "yaml"}
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_blocks_are_yaml(text: str) -> None:
+    assert isinstance(pytest.importorskip("yaml").safe_load(text), dict)
 
 
 def test_bodies_sent_by_curl_are_json() -> None:
@@ -180,10 +237,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_every_page_is_listed() -> None:
-    index, readme = text_of("index.md"), (ROOT / "README.md").read_text()
+    index, readme, site = text_of("index.md"), (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or f"]({page.name})" in index
         assert f"](docs/{page.name})" in readme
+        assert f": {page.name}\n" in site
 
 
 # Lists

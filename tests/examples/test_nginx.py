@@ -56,11 +56,16 @@ class Site(NamedTuple):
             return json.load(answer)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def program() -> str:
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed")
+    return nginx
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    nginx = program()
     authority, folder = trustme.CA(), tmp_path_factory.mktemp("nginx")
     certificate = authority.issue_cert(NAME, "127.0.0.1")
     certificate.private_key_pem.write_to_path(folder / "key.pem")
@@ -180,6 +185,17 @@ def test_websockets_cross(site: Site) -> None:
 def test_another_hosts_name_is_refused_by_the_gateway(site: Site) -> None:
     with site.ask("/m/v1/models", host="elsewhere.example.com") as answer:
         assert answer.status == 421
+
+
+def test_the_location_in_the_documentation(tmp_path: Path) -> None:
+    page = (STUB.parent.parent / "docs" / "embedding.md").read_text()
+    (location,) = re.findall(r"^```nginx\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    configuration = tmp_path / "nginx.conf"
+    server = f"server {{ listen 127.0.0.1:{free_port()}; {location} }}"
+    configuration.write_text(f"pid {tmp_path}/pid; events {{}} http {{ access_log off; {server} }}")
+    command = [program(), "-t", "-p", str(tmp_path), "-e", f"{tmp_path}/error.log", "-c", str(configuration)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_sizes_and_times_fit_the_gateways() -> None:
