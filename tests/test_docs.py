@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from fluidmcp_proxy.models.state import ModelState
 from fluidmcp_proxy.process.group import CommandError, find_program
 from fluidmcp_proxy.process.owner import AlreadyOwned
 from tests.models.doubles import FakeServer
-from tests.serving import stub
+from tests.serving import answers, eventually, serving, stub
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md")])
@@ -211,12 +212,27 @@ def test_yaml_blocks_are_yaml(text: str) -> None:
     assert isinstance(pytest.importorskip("yaml").safe_load(text), dict)
 
 
-def test_bodies_sent_by_curl_are_json() -> None:
-    text = "\n".join(page.read_text() for page in PAGES)
-    bodies = re.findall(r"^\s*-d '([^']*)'", text, re.MULTILINE)
-    assert len(bodies) >= 3
-    for body in bodies:
-        assert json.loads(body)["model"]
+@pytest.fixture(scope="module")
+def everywhere() -> Iterator[int]:
+    """A gateway with the models that requests of the documentation name, each served by somebody else."""
+    with stub("--served-model-name", "facebook/opt-125m") as vllm, stub("--served-model-name", "smol") as smol:
+        ports = {"vllm": vllm, "smol": smol}
+        models = {name: {"endpoints": {"base_url": f"http://127.0.0.1:{port}/v1"}} for name, port in ports.items()}
+        with serving(Gateway(parse_config({"llmModels": models}, environ={}))) as gateway:
+            eventually(lambda: answers(gateway, "/ready"), "ready")
+            yield gateway
+
+
+REQUESTS = [block for block in blocks("bash") if "curl" in block.values[0]]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("text", REQUESTS)
+def test_requests_by_curl_are_answered(text: str, everywhere: int) -> None:
+    command = text.replace("curl ", "curl --silent --show-error --fail ").replace(":8099/", f":{everywhere}/")
+    result = subprocess.run(["bash", "-ec", command], capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert '"choices"' in result.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
