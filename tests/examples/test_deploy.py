@@ -125,7 +125,8 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     program = tmp_path / "fluidmcp"
     program.symlink_to(sys.executable)
     unit = tmp_path / "fluidmcp.service"
-    unit.write_text(UNIT.replace("/opt/fluidmcp/bin/fluidmcp ", f"{program} "))
+    text = UNIT.replace("/opt/fluidmcp/bin/fluidmcp ", f"{program} ")
+    unit.write_text(text.replace("/usr/bin/nvidia-modprobe ", f"{program} "))
     assert complaints(analyze, unit) == []
     unit.write_text(unit.read_text().replace("KillMode=mixed", "KillMode=gently"))
     assert len(complaints(analyze, unit)) == 1
