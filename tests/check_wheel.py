@@ -13,6 +13,8 @@ def main(wheel: str) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "fluidmcp_proxy/py.typed" in names
     assert "fluidmcp_proxy/process/guardian.py" in names
+    for name in ("page.html", "page.css", "page.js"):
+        assert f"fluidmcp_proxy/gateway/static/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names), names
     outside = [name for name in names if not name.startswith(("fluidmcp_proxy/", "fluidmcp_proxy-"))]
     assert outside == [], outside

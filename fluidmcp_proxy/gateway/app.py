@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, UpstreamError
-from fluidmcp_proxy.gateway import pages
+from fluidmcp_proxy.gateway import events, pages
 from fluidmcp_proxy.gateway.access import ServedBy
 from fluidmcp_proxy.gateway.administration import act, send_logs
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
@@ -30,6 +30,7 @@ from fluidmcp_proxy.gateway.routing import (
     Logs,
     ModelPage,
     Page,
+    StaticFile,
     Unified,
     speaks_anthropic,
 )
@@ -93,6 +94,7 @@ class Gateway:
             for name, model in config.models.items()
         }
         self._fleet: Fleet | None = None
+        self._feed: events.Feed | None = None
         self._tally = Tally()
         self._begin_trace = _trace_type() if config.settings.tracing else None
         self._clients: dict[str, httpx.AsyncClient] = {}
@@ -117,9 +119,10 @@ class Gateway:
             logger.warning("%s", warning)
         try:
             async with open_fleet(self.config) as self._fleet:
+                self._feed = events.Feed(self._fleet, self._tally)
                 yield self
         finally:
-            self._fleet = None
+            self._fleet = self._feed = None
 
     def lifespan(self, app: object) -> AbstractAsyncContextManager[None]:
         """``run()`` with the signature of Starlette's and FastAPI's ``lifespan`` parameter."""
@@ -192,11 +195,15 @@ class Gateway:
                 request.visitor.require_admin()
                 await send_logs(self._running(), route.model, target.query, scope["method"], request)
                 self._end(request, 200, "complete")
+            elif route is Page.MODELS and events.wants_events(scope["method"], request.headers):
+                await self._show_events(request)
             else:
-                answer = await self._page(route, request)
+                status, body, media_type, headers = await self._page(route, request)
                 wants_body = scope["method"] != "HEAD"
-                await respond(request.send, *answer[:2], request.id, media_type=answer[2], with_body=wants_body)
-                self._end(request, answer.status, "complete")
+                await respond(
+                    request.send, status, body, request.id, headers, media_type=media_type, with_body=wants_body
+                )
+                self._end(request, status, "complete")
         except ClientDisconnected:
             self._end(request, None, "client_left")
         except GatewayError as error:
@@ -312,9 +319,16 @@ class Gateway:
             http_version=scope.get("http_version", "1.1"),
         )
 
-    async def _page(self, route: Page | ModelPage | ListedModel | Action, request: _Request) -> pages.Answer:
+    async def _page(
+        self, route: Page | ModelPage | StaticFile | ListedModel | Action, request: _Request
+    ) -> pages.Answer:
         if route is Page.HEALTH:
             return pages.health()
+        if isinstance(route, StaticFile):
+            return pages.static(route.name)
+        if route is Page.STATUS:
+            path = request.scope["path"]
+            return pages.static("page.html") if path.endswith("/") else pages.below_itself(path)
         fleet, visitor = self._running(), request.visitor
         names = visitor.router.names
         if route is Page.READY:
@@ -334,6 +348,16 @@ class Gateway:
         if isinstance(route, ModelPage):
             return pages.model(fleet.scheduler, route.model)
         return pages.models(fleet.scheduler, names)
+
+    async def _show_events(self, request: _Request) -> None:
+        self._running()
+        assert self._feed is not None
+        visitor, request.route = request.visitor, events.LABEL
+        event = partial(events.Snapshot.event, names=visitor.router.names, admin=visitor.is_admin)
+        try:
+            await events.show(self._feed, event, request.receive, request.send, request.id)
+        finally:
+            self._end(request, 200, "complete")
 
     def _running(self) -> Fleet:
         if self._fleet is None:

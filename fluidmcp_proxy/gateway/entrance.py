@@ -29,6 +29,11 @@ class Visitor(NamedTuple):
     keys: Identified = NOBODY
     is_known: bool = True
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether they have an admin key."""
+        return self.keys.holder is not None and self.keys.holder.is_admin
+
     def seen(self, catalog: Catalog) -> Catalog:
         """As much of ``catalog`` as there is for them."""
         models = self.keys.models
@@ -49,7 +54,7 @@ class Visitor(NamedTuple):
         Raises:
             InvalidApiKey: theirs is not an admin key.
         """
-        if self.keys.holder is None or not self.keys.holder.is_admin:
+        if not self.is_admin:
             raise InvalidApiKey("This needs an admin key: send it as Authorization: Bearer KEY, or x-api-key.")
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "Page",
     "Route",
     "Router",
+    "StaticFile",
     "Unified",
     "Verb",
     "is_public",
@@ -107,6 +108,7 @@ class Page(Enum):
     METRICS = "/metrics"
     MODELS = "/models"
     LIST = "/v1/models"
+    STATUS = "/"
 
     @property
     def label(self) -> str:
@@ -114,7 +116,8 @@ class Page(Enum):
         return self.value
 
 
-_PUBLIC = frozenset({Page.HEALTH.value, Page.READY.value})
+_STATIC = {f"/static/{name}": name for name in ("page.css", "page.js")}
+_PUBLIC = frozenset({Page.HEALTH.value, Page.READY.value, Page.STATUS.value, *_STATIC})
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +158,14 @@ class Logs:
 
 
 @dataclass(frozen=True, slots=True)
+class StaticFile:
+    """What the status page is made of besides itself."""
+
+    name: str
+    label: ClassVar[str] = "/static/{name}"
+
+
+@dataclass(frozen=True, slots=True)
 class ListedModel:
     """One element of the list at ``/v1/models``."""
 
@@ -177,8 +188,8 @@ class Forward(NamedTuple):
     label: str = "other"
 
 
-Route = Page | ModelPage | ListedModel | Action | Logs | Unified | Forward
-_Shown = TypeVar("_Shown", bound=Page | ModelPage | ListedModel | Logs)
+Route = Page | ModelPage | StaticFile | ListedModel | Action | Logs | Unified | Forward
+_Shown = TypeVar("_Shown", bound=Page | ModelPage | StaticFile | ListedModel | Logs)
 
 
 def speaks_anthropic(path: str) -> bool:
@@ -242,6 +253,8 @@ class Router:
         for page in Page:
             if path == page.value:
                 return _only_get(method, page)
+        if path in _STATIC:
+            return _only_get(method, StaticFile(_STATIC[path]))
         if first == "v1" and rest:
             return self._unified_route(rest, method)
         if rest == "v1" or rest.startswith("v1/"):

@@ -19,7 +19,7 @@ from fluidmcp_proxy.models.replicas import ReplicaSet
 from fluidmcp_proxy.models.server import Server
 from fluidmcp_proxy.models.state import ModelState
 
-__all__ = ["Family", "Told", "merged", "read", "scrape"]
+__all__ = ["Family", "Told", "generated_tokens", "merged", "read", "scrape"]
 
 _PATIENCE = 0.9
 """Seconds that the servers get to answer, all together."""
@@ -31,6 +31,9 @@ _QUOTED = r'"(?:[^"\\\n]|\\["\\n])*"'
 _LABEL = rf"[a-zA-Z_][a-zA-Z0-9_]*={_QUOTED}"
 _VALUE = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|[Ii]nf|[Nn]a[Nn])"
 _sample = re.compile(rf"({_NAME})(?:\{{({_LABEL}(?:, ?{_LABEL})*)?,?\}})? ({_VALUE}(?: -?[0-9]+)?)").fullmatch
+_TOKENS = re.compile(
+    rb"^vllm:generation_tokens_total[ {][^\n]*?([0-9]+(?:\.[0-9]*)?(?:[eE]\+?[0-9]{1,2})?)$", re.MULTILINE
+)
 _described = re.compile(rf"# (HELP|TYPE) ({_NAME}) ?(.*)").fullmatch
 _label_names = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(={_QUOTED})").sub
 
@@ -66,21 +69,44 @@ class Told(NamedTuple):
 
 async def scrape(servers: Mapping[str, Server]) -> list[Told]:
     """Ask every server that is ready, all at once. Those that sleep, load or are gone are not asked."""
+    told: list[Told] = []
+    for labels, text in await _ask(servers, _PATIENCE):
+        try:
+            told.append(Told(labels, None if text is None else read(text.decode(), labels)))
+        except ValueError:
+            told.append(Told(labels, None))
+    return told
+
+
+async def generated_tokens(servers: Mapping[str, Server], patience: float) -> dict[str, float | None]:
+    """How many tokens each model's servers have generated, as vLLM counts them; None where one of them does not tell.
+
+    It takes at most ``patience`` seconds. Models of which no server is ready are left out.
+    """
+    totals: dict[str, float | None] = {}
+    for labels, text in await _ask(servers, patience):
+        model, counts = labels["model_id"], _TOKENS.findall(text or b"")
+        before = totals.get(model, 0.0)
+        totals[model] = before + sum(map(float, counts)) if counts and before is not None else None
+    return totals
+
+
+async def _ask(servers: Mapping[str, Server], patience: float) -> list[tuple[Labels, bytes | None]]:
+    """What each ready server says on ``/metrics``; None where it has not within ``patience`` seconds."""
     asked = [(labels, server) for labels, server in _each(servers) if server.status.state is ModelState.READY]
-    told: dict[int, Mapping[str, Family]] = {}
+    said: dict[int, bytes] = {}
 
     async def ask(number: int) -> None:
-        labels, server = asked[number]
         try:
-            told[number] = read((await _fetch(server)).decode(), labels)
+            said[number] = await _fetch(asked[number][1])
         except (GatewayError, ValueError):
             pass
 
-    with anyio.move_on_after(_PATIENCE):
+    with anyio.move_on_after(patience):
         async with anyio.create_task_group() as tasks:
             for number in range(len(asked)):
                 tasks.start_soon(ask, number)
-    return [Told(labels, told.get(number)) for number, (labels, _) in enumerate(asked)]
+    return [(labels, said.get(number)) for number, (labels, _) in enumerate(asked)]
 
 
 def _each(servers: Mapping[str, Server]) -> Iterator[tuple[Labels, Server]]:

@@ -72,3 +72,12 @@ class Tally:
             if queue is None:
                 queue = self.queues[model] = Histogram()
             queue.observe(record.queue)
+
+    def chunks_of(self, model: str) -> int:
+        """In how many pieces the answers of ``model`` came."""
+        return sum(route.chunks for (name, _), route in self.routes.items() if name == model)
+
+    def first_bytes_of(self, model: str) -> tuple[int, float]:
+        """How many requests to ``model`` got a first byte, and for how many seconds they waited for it in all."""
+        seen = [route.ttfb for (name, _), route in self.routes.items() if name == model]
+        return sum(sum(ttfb.counts) for ttfb in seen), sum(ttfb.sum for ttfb in seen)

@@ -200,6 +200,10 @@ class Scheduler:
         desk = self._desks[model]
         return desk.progress + sum(lease.bytes_answered for lease in desk.inside)
 
+    def chunks(self, model: str) -> int:
+        """In how many pieces the answers to the requests inside have come so far."""
+        return sum(lease.chunks_answered for lease in self._desks[model].inside)
+
     def statuses(self) -> Mapping[str, ModelStatus]:
         """A snapshot of every model."""
         return {name: desk.server.status for name, desk in self._desks.items()}

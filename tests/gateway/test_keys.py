@@ -53,7 +53,8 @@ def code_of(answer: Any) -> tuple[int, str]:
 
 
 PATHS = (
-    "/", "/static/x", "/models", "/models/a", "/models/nobody", "/v1/models", "/v1/models/a", "/v1/chat/completions",
+    "/static/x", "/static/", "/static/page.html",
+    "/models", "/models/a", "/models/nobody", "/v1/models", "/v1/models/a", "/v1/chat/completions",
     "/a/v1/models", "/nobody/v1/models", "/a/tokenize", "/a/mcp", "/metrics", "/health/x", "/Health", "/x",
 )  # fmt: skip
 

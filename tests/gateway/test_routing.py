@@ -15,6 +15,7 @@ from fluidmcp_proxy.gateway.routing import (
     Page,
     Route,
     Router,
+    StaticFile,
     Unified,
     speaks_anthropic,
 )
@@ -61,6 +62,8 @@ def route(method: str, target: str) -> Route:
         ("GET", "/health", Page.HEALTH),
         ("HEAD", "/ready", Page.READY),
         ("GET", "/models", Page.MODELS),
+        ("HEAD", "/", Page.STATUS),
+        ("GET", "/static/page.js", StaticFile("page.js")),
         ("GET", "/models/vllm", ModelPage("vllm")),
         ("GET", "/v1/models", Page.LIST),
         ("HEAD", "/v1/models/org/name:tag", ListedModel("org/name:tag")),
@@ -73,7 +76,6 @@ def test_routes(method: str, target: str, expected: Route) -> None:
 @pytest.mark.parametrize(
     ("method", "target", "status", "code"),
     [
-        ("GET", "/", 404, "path_not_found"),
         ("GET", "/nobody/v1/models", 404, "model_not_found"),
         ("GET", "/VLLM/v1/models", 404, "model_not_found"),
         ("GET", "/models/nobody", 404, "model_not_found"),

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.config.load import parse_config
+from fluidmcp_proxy.gateway import server_metrics
 from fluidmcp_proxy.gateway.server_metrics import Told, merged, read
 from tests.gateway.test_metrics import samples_of, value
 from tests.serving import DEADLINE, eventually, serving, stub
@@ -135,3 +136,23 @@ def test_every_server_that_is_ready_is_asked_and_none_holds_it_up() -> None:
         for where in ({"model_id": "one"}, {"model_id": "several", "replica": "1"}):
             assert value(samples, VLLM, engine="0", model_name="m", **where) is not None
         assert value(samples, VLLM, engine="0", model_name="m", model_id="bad1") is None
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("said", "total"),
+    [
+        (["vllm:generation_tokens_total 5.0\n", 'vllm:generation_tokens_total{a="b c"} 1e+03\n'], 1005.0),
+        (['x 1\nvllm:generation_tokens_total{engine="0"} 5.0\nvllm:generation_tokens_total{engine="1"} 2\n'], 7.0),
+        (["vllm:generation_tokens_total 5.0\n", "other 1\n"], None),
+        (["vllm:generation_tokens_total NaN\n"], None),
+        (["vllm:generation_tokens_total_created 5.0\n"], None),
+        ([None], None),
+    ],
+)
+async def test_generated_tokens(said: list[str | None], total: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(servers: object, patience: float) -> list[tuple[dict[str, str], bytes | None]]:
+        return [({"model_id": "m"}, None if text is None else text.encode()) for text in said]
+
+    monkeypatch.setattr(server_metrics, "_ask", ask)
+    assert await server_metrics.generated_tokens({}, 1.0) == {"m": total}
