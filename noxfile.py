@@ -84,14 +84,14 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything that needs no vLLM."""
     session.install("-e", ".", *group("test"))
-    session.run("pytest", *IN_PARALLEL, "-m", "not e2e", *session.posargs)
+    session.run("pytest", *IN_PARALLEL, "-m", "not e2e and not page", *session.posargs)
 
 
 @nox.session
 def lowest(session: nox.Session) -> None:
     """The same with the lowest versions of the direct dependencies."""
     session.install("-e", ".", *group("test"), *lowest_versions())
-    session.run("pytest", *IN_PARALLEL, "-m", "not e2e", *session.posargs)
+    session.run("pytest", *IN_PARALLEL, "-m", "not e2e and not page", *session.posargs)
 
 
 @nox.session
@@ -162,6 +162,22 @@ def e2e(session: nox.Session) -> None:
     """A real vLLM on the CPU, driven by the SDKs."""
     session.install("-e", ".", *group("e2e"))
     session.run("pytest", "-m", "e2e", "tests/e2e", *session.posargs)
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """The status page in Chromium; -- --screenshots takes the docs' pictures."""
+    if shutil.which("chromium") is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        packages = ("chromium", "fonts-dejavu-core")
+        for command in (("update",), ("install", "-y", "--no-install-recommends", *packages)):
+            session.run("apt-get", "-qq", *command, external=True, silent=True, success_codes=range(256))
+    if shutil.which("chromium") is None:
+        session.skip("it needs Chromium, which apt-get could not install: apt-get install chromium")
+    session.install("-e", ".", *group("page"))
+    if session.posargs == ["--screenshots"]:
+        session.run("python", "-m", "tests.page.screenshots", str(ROOT / "docs"))
+    else:
+        session.run("pytest", "-n", "2", "-m", "page", "tests/page", *session.posargs)
 
 
 @nox.session

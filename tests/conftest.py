@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# What looks at the page needs a browser's driver, which only its session installs.
+collect_ignore = [] if find_spec("playwright") and find_spec("axe_playwright_python") else ["page"]
 
 settings.register_profile("fuzz", max_examples=20_000)
 
