@@ -66,7 +66,7 @@ def ended() -> Callable[[], object]:
     async def nothing(*_: Any) -> Any:
         raise NotImplementedError
 
-    request = _Request(scope, nothing, nothing)
+    request = _Request(scope, nothing, nothing, gateway._table)
     return lambda: gateway._end(request, 200, "complete")
 
 

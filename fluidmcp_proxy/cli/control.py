@@ -14,13 +14,17 @@ from typing import Any
 import anyio
 import uvicorn
 
-from fluidmcp_proxy.errors import FluidMCPError
+from fluidmcp_proxy.cli.reload import Reload
+from fluidmcp_proxy.errors import ConfigError, FluidMCPError
 from fluidmcp_proxy.gateway.answers import respond
 from fluidmcp_proxy.gateway.app import Gateway
 from fluidmcp_proxy.process.control_socket import reserved
 from fluidmcp_proxy.upstream.headers import pick_request_id
 
-__all__ = ["serve_control"]
+__all__ = ["CONFIGURATION", "serve_control"]
+
+CONFIGURATION = "configuration_error"
+"""Type of the error of a file that cannot be used."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -29,7 +33,7 @@ Send = Callable[[Message], Awaitable[None]]
 logger = logging.getLogger("fluidmcp_proxy.cli")
 
 
-async def serve_control(gateway: Gateway, url: str) -> None:
+async def serve_control(gateway: Gateway, url: str, reload: Reload) -> None:
     """Serve the control socket of a running ``gateway``, which is at ``url``, until cancelled.
 
     Where there can be none, that is logged: the gateway does its work without.
@@ -37,16 +41,17 @@ async def serve_control(gateway: Gateway, url: str) -> None:
     config = gateway.config
     try:
         with reserved(config.settings.runtime_dir, config.identity) as path:
-            await _Server(_Control(gateway, url), path).serve()
+            await _Server(_Control(gateway, url, reload), path).serve()
     except (FluidMCPError, OSError) as error:
         logger.warning("no control socket, so `fluidmcp status` and the like do not work: %s", error)
 
 
 class _Control:
-    """ASGI: ``GET /`` says which gateway this is; the rest is the gateway's."""
+    """ASGI: ``GET /`` says which gateway this is, ``POST /reload`` reads its file again; the rest is the gateway's."""
 
-    def __init__(self, gateway: Gateway, url: str) -> None:
+    def __init__(self, gateway: Gateway, url: str, reload: Reload) -> None:
         self._gateway = gateway
+        self._reload = reload
         self._url = url
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -54,8 +59,18 @@ class _Control:
             config = self._gateway.config
             facts = {"pid": os.getpid(), "config": str(config.source or ""), "url": self._url}
             await respond(send, 200, json.dumps(facts).encode(), pick_request_id(scope["headers"]))
+        elif scope["path"] == "/reload" and scope["method"] == "POST":
+            status, told = self._reloaded()
+            await respond(send, status, json.dumps(told).encode(), pick_request_id(scope["headers"]))
         else:
             await self._gateway.control(scope, receive, send)
+
+    def _reloaded(self) -> tuple[int, object]:
+        try:
+            return 200, self._reload()._asdict()
+        except FluidMCPError as error:
+            code = error.code if isinstance(error, ConfigError) else "not_reloaded"
+            return 400, {"error": {"message": str(error), "code": code, "type": CONFIGURATION}}
 
 
 class _Server(uvicorn.Server):

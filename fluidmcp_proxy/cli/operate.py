@@ -69,7 +69,20 @@ def _action(verb: str, text: str) -> click.Command:
 start = _action("start", "Start MODEL, also one that has failed. Returns while it loads; `status` shows how far it is.")
 stop = _action("stop", "Stop MODEL, drained first, until it is started; requests to it are refused.")
 restart = _action("restart", "Stop MODEL, drained first, and start it anew; replicas one after the other.")
-COMMANDS = (status, logs, start, stop, restart)
+
+
+@click.command("reload")
+@_JSON
+@_CONFIG
+def read_again(as_json: bool, config: str | None) -> None:
+    """Have a running gateway read its file again and apply what is another.
+
+    Models that did not change go on without a pause. A file that cannot be used changes nothing.
+    """
+    _with(config, None, partial(_reload, as_json=as_json))
+
+
+COMMANDS = (status, logs, start, stop, restart, read_again)
 
 
 def _with(config: str | None, url: str | None, work: _Work) -> None:
@@ -98,6 +111,17 @@ async def _show_status(remote: Remote, *, as_json: bool) -> None:
 async def _act(remote: Remote, *, model: str, verb: str, as_json: bool) -> None:
     answer = await remote.ask("POST", f"/models/{quote(model, safe='')}/{verb}")
     click.echo(json.dumps(answer, indent=2) if as_json else f"{printable(answer['id'])}: {verb} asked for")
+
+
+async def _reload(remote: Remote, *, as_json: bool) -> None:
+    answer = await remote.ask("POST", "/reload")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    found = [f"{word}: {', '.join(answer[word])}" for word in ("added", "changed", "removed") if answer[word]]
+    click.echo(printable("; ".join(found) or "no model has changed"))
+    if answer["needs_restart"]:
+        click.echo(printable(f"unchanged until a restart: {', '.join(answer['needs_restart'])}"), err=True)
 
 
 async def _show_logs(remote: Remote, *, model: str, follow: bool, lines: int) -> None:

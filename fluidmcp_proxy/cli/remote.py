@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import click
 
+from fluidmcp_proxy.cli.control import CONFIGURATION
 from fluidmcp_proxy.cli.faults import BadConfiguration
 from fluidmcp_proxy.config.endpoint import parse_base_url
 from fluidmcp_proxy.config.faults import printable
@@ -33,6 +34,12 @@ class NoGateway(click.ClickException):
     """There is none to talk to."""
 
     exit_code = 3
+
+
+class _Unusable(click.ClickException):
+    """The gateway cannot use its file."""
+
+    exit_code = 2
 
 
 class Remote:
@@ -165,6 +172,8 @@ def _refusal(status: int, body: bytes) -> click.ClickException:
         message, code = str(error["message"]), error["code"]
     except (ValueError, LookupError, TypeError):
         return NoGateway(f"what answers with status {status} is no gateway")
+    if error.get("type") == CONFIGURATION:
+        return _Unusable(printable(message))
     if code == "invalid_api_key":
         message = f"{message} {CLIENT_KEY} is where it is taken from."
     return click.ClickException(printable(message))

@@ -6,6 +6,8 @@ import math
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import anyio
@@ -18,6 +20,7 @@ from fluidmcp_proxy.cli.faults import BadConfiguration
 from fluidmcp_proxy.cli.logs import Terminal, configure_logging
 from fluidmcp_proxy.cli.progress import report_progress, url_of
 from fluidmcp_proxy.cli.protocol import GatewayProtocol
+from fluidmcp_proxy.cli.reload import Reload, heed_hangups, reloading
 from fluidmcp_proxy.cli.terminal import Board
 from fluidmcp_proxy.config.checks import check_exposure
 from fluidmcp_proxy.config.load import load_config
@@ -69,26 +72,27 @@ def run(
     Exit code 2: the configuration cannot be used, or the address can be reached from elsewhere and there are no keys;
     3: the port is taken, or another gateway runs this configuration.
     """
+    read = partial(load_config, config, host=host, port=port, allow_open=allow_open, log_level=log_level)
     try:
-        loaded = load_config(config, host=host, port=port, allow_open=allow_open, log_level=log_level)
+        loaded = read()
         check_exposure(loaded.settings)
     except ConfigError as error:
         raise BadConfiguration(error) from None
     terminal = configure_logging(loaded.settings.log_level, loaded.settings.log_format)
     if not is_loopback(loaded.settings.host) and not loaded.settings.api_keys:
         click.echo(f"warning: {loaded.settings.host} is open to the network, and there are no keys: {_OPEN}", err=True)
-    sys.exit(serve(loaded, terminal))
+    sys.exit(serve(loaded, read, terminal))
 
 
-def serve(config: GatewayConfig, terminal: Terminal) -> int:
-    """Run the gateway until a signal ends it, and return the exit code.
+def serve(config: GatewayConfig, read: Callable[[], GatewayConfig], terminal: Terminal) -> int:
+    """Run the gateway until a signal ends it, and return the exit code. ``read`` is for its configuration later on.
 
     A signal that ended it is raised again at the end, so that a shell shows 143 or 130.
     """
     listening = bind(config.settings)
     with listening:
         gateway = Gateway(config, served_by=ServedBy.COMMAND_LINE, report=terminal.report)
-        server = _Server(gateway, config.settings, listening, terminal)
+        server = _Server(gateway, reloading(gateway, read), listening, terminal)
         try:
             server.run(sockets=[listening])
         except KeyboardInterrupt:  # before uvicorn has taken the signals, or after
@@ -123,8 +127,10 @@ def bind(settings: Settings) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn, telling the gateway when it begins to end, and reporting what the models do."""
 
-    def __init__(self, gateway: Gateway, settings: Settings, listening: socket.socket, terminal: Terminal) -> None:
+    def __init__(self, gateway: Gateway, reload: Reload, listening: socket.socket, terminal: Terminal) -> None:
+        settings = gateway.config.settings
         self._gateway = gateway
+        self._reload = reload
         self._terminal = terminal
         self._listening = listening
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -169,7 +175,11 @@ class _Server(uvicorn.Server):
         """Open the way for the command line, too, once this gateway is known to be the only one."""
         await super().startup(sockets)
         if self._tasks is not None:
-            self._tasks.start_soon(serve_control, self._gateway, self._url)
+            self._tasks.start_soon(serve_control, self._gateway, self._url, self._reload)
+            self._tasks.start_soon(heed_hangups, self._reload, self._hang_up)
+
+    def _hang_up(self, number: int) -> None:
+        self.handle_exit(number, None)
 
     @property
     def _url(self) -> str:

@@ -86,7 +86,10 @@ async def send_logs(fleet: Fleet, model: str, query: bytes, method: str, request
 
 
 async def _follow(fleet: Fleet, outputs: Mapping[str, Output], seen: dict[str, int], send: Send) -> None:
-    while not fleet.closing:
+    def is_over() -> bool:
+        return fleet.closing or outputs not in fleet.outputs.values()  # another configuration has replaced the model
+
+    while not is_over():
         await anyio.sleep(_PERIOD)
         fresh: list[str] = []
         for name, output in outputs.items():

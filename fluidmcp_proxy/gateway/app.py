@@ -10,15 +10,16 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fluidmcp_proxy.config.difference import Difference, difference, in_force
 from fluidmcp_proxy.config.models import GatewayConfig
-from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, UpstreamError
+from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, ShuttingDown, UpstreamError
 from fluidmcp_proxy.gateway import events, pages
 from fluidmcp_proxy.gateway.access import ServedBy
 from fluidmcp_proxy.gateway.administration import act, send_logs
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.cors import answering, preflight
-from fluidmcp_proxy.gateway.entrance import Entrance, OwnersEntrance, Visitor
+from fluidmcp_proxy.gateway.entrance import Entrance, Visitor
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.record import RequestRecord, log_request
@@ -34,6 +35,7 @@ from fluidmcp_proxy.gateway.routing import (
     Unified,
     speaks_anthropic,
 )
+from fluidmcp_proxy.gateway.table import Table
 from fluidmcp_proxy.gateway.tally import Tally
 from fluidmcp_proxy.gateway.target import Target, read_target
 from fluidmcp_proxy.gateway.unified import choose_model
@@ -84,20 +86,19 @@ class Gateway:
         served_by: ServedBy = ServedBy.HOST_APP,
         report: Callable[[RequestRecord], None] = log_request,
     ) -> None:
-        self.config = config
         self._report = report
-        self._entrance = Entrance(config, served_by)
-        self._owners_entrance = OwnersEntrance(config)
-        self._hosts = {name: address_of(model).authority for name, model in config.models.items()}
-        self._authorizations = {
-            name: b"Bearer " + model.api_key.get_secret_value().encode() if model.api_key else None
-            for name, model in config.models.items()
-        }
+        self._served_by = served_by
+        self._table = Table(config, served_by)
         self._fleet: Fleet | None = None
         self._feed: events.Feed | None = None
         self._tally = Tally()
         self._begin_trace = _trace_type() if config.settings.tracing else None
         self._clients: dict[str, httpx.AsyncClient] = {}
+
+    @property
+    def config(self) -> GatewayConfig:
+        """What it runs."""
+        return self._table.config
 
     def __repr__(self) -> str:
         return f"<Gateway {', '.join(self.config.models)} {'running' if self._fleet else 'not running'}>"
@@ -136,6 +137,34 @@ class Gateway:
         if self._fleet is not None:
             self._fleet.close()
 
+    def reload(self, config: GatewayConfig) -> Difference:
+        """Run ``config`` from now on; what has not changed goes on without a pause.
+
+        Models that changed are drained and replaced, requests for them wait meanwhile; those that are gone are drained
+        and stopped. Settings that cannot change at run time stay as they are and are named in the answer. To be called
+        in the event loop that the gateway runs in.
+
+        Raises:
+            FluidMCPError: this gateway cannot run it. Then nothing has changed.
+        """
+        fleet = self._running()
+        if fleet.closing:
+            raise ShuttingDown("The gateway is shutting down.", retry_after=5)
+        found = difference(self.config, config)
+        config = config.model_copy(update={"settings": in_force(self.config.settings, config.settings)})
+        table = Table(config, self._served_by)
+        fleet.apply(config)
+        self._table = table
+        for name in (*found.changed, *found.removed):
+            self._clients.pop(name, None)
+        counts = len(found.added), len(found.changed), len(found.removed)
+        logger.info("another configuration: %d models added, %d changed, %d removed", *counts)
+        for warning in config.warnings:
+            logger.warning("%s", warning)
+        if found.needs_restart:
+            logger.warning("unchanged until a restart: %s", ", ".join(found.needs_restart))
+        return found
+
     def status(self, model: str) -> ModelStatus:
         """A snapshot of one model. Raises ``KeyError`` for an unknown one, ``LifespanNotRunning``."""
         return self._running().scheduler.statuses()[model]
@@ -157,7 +186,7 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            await self._answer(self._entrance, scope, receive, send)
+            await self._answer(self._table.entrance, scope, receive, send)
         elif scope["type"] == "lifespan":
             await serve_lifespan(self.run(), receive, send)
         elif scope["type"] == "websocket":
@@ -166,17 +195,17 @@ class Gateway:
 
     async def control(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI for the user who runs the gateway, without keys: to be served where nobody else comes."""
-        await self._answer(self._owners_entrance, scope, receive, send)
+        await self._answer(self._table.owners_entrance, scope, receive, send)
 
     def claims(self, scope: Scope) -> bool:
         """Whether the path of ``scope`` begins with the id of a model."""
         try:
-            return self._entrance.router.knows(read_target(scope))
+            return self._table.entrance.router.knows(read_target(scope))
         except GatewayError:
             return False
 
     async def _answer(self, entrance: Entrance, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _Request(scope, receive, send)
+        request = _Request(scope, receive, send, self._table)
         origin = self._tell_browsers(request) if entrance.lists_origins else None
         try:
             target = entrance.admit(scope, request.headers, request.noted)
@@ -211,10 +240,11 @@ class Gateway:
             self._end(request, error.status, request.outcome_of(error), error.code)
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _Request(scope, receive, send)
+        request = _Request(scope, receive, send, self._table)
+        entrance = request.table.entrance
         try:
-            target = self._entrance.admit(scope, request.headers, request.noted)
-            request.identify(self._entrance, target)
+            target = entrance.admit(scope, request.headers, request.noted)
+            request.identify(entrance, target)
             route = request.visitor.router.route_websocket(target)
             request.route, request.model = route.label, route.model
             await self._converse(route, request)
@@ -246,7 +276,7 @@ class Gateway:
 
     def _tell_browsers(self, request: _Request) -> bytes | None:
         """Let a listed site's pages read the answer; the page's origin."""
-        origin = self._entrance.listed_origin(request.noted)
+        origin = request.table.entrance.listed_origin(request.noted)
         request.send = answering(request.send, origin)
         return origin
 
@@ -262,15 +292,14 @@ class Gateway:
         lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
         request.lease = lease
         wants_news = asks_for_progress(request.noted)
-        news = (lambda: what_it_does(self.status(route.model))) if wants_news else None
+        news = (lambda: what_it_does(lease.status)) if wants_news else None
         trace = self._trace(request, lease)
         relay = Relay(self._outgoing(route, request), body, lease, request.send, news, trace)
         await self._run(relay, request)
 
     def _trace(self, request: _Request, lease: Lease) -> Trace | None:
         if self._begin_trace is not None:
-            status = partial(self.status, request.model)
-            request.trace = self._begin_trace(request.headers, request.elapsed, lease, status)
+            request.trace = self._begin_trace(request.headers, request.elapsed, lease, lambda: lease.status)
         return request.trace
 
     async def _run(self, relay: Relay | WebSocketRelay, request: _Request) -> None:
@@ -310,12 +339,12 @@ class Gateway:
             spent |= HANDSHAKE_HEADERS
         return request_headers(
             request.headers,
-            host=self._hosts[route.model],
+            host=request.table.hosts[route.model],
             client=client[0] if client else None,
             scheme=_HTTP_SCHEMES.get(scheme, scheme),
             drop=spent,
             request_id=request.id,
-            authorization=self._authorizations[route.model],
+            authorization=request.table.authorizations[route.model],
             http_version=scope.get("http_version", "1.1"),
         )
 
@@ -383,6 +412,7 @@ class _Request:
         "route",
         "scope",
         "send",
+        "table",
         "trace",
         "visitor",
     )
@@ -390,7 +420,8 @@ class _Request:
     visitor: Visitor
     """Not there before it is known who that is, so that nothing is done for nobody."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, table: Table) -> None:
+        self.table = table
         self._began = time.perf_counter()
         self.scope = scope
         self.receive = receive

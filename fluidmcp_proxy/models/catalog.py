@@ -45,9 +45,11 @@ class Found(NamedTuple):
 
 
 class Catalog:
-    """The names of all models of a gateway."""
+    """The names of all models of a gateway. Of the models that were ``kept`` it knows what ``known`` did."""
 
-    def __init__(self, servers: Mapping[str, Server]) -> None:
+    def __init__(
+        self, servers: Mapping[str, Server], *, known: Catalog | None = None, kept: Collection[str] = ()
+    ) -> None:
         self._servers = servers
         self._own = {name: name for name in servers}
         self._own |= {alias: name for name, server in servers.items() for alias in server.config.aliases}
@@ -56,7 +58,7 @@ class Catalog:
         self._main: dict[str, str | None] = {}  # the one to use for an id or alias
         self._served: dict[str, list[str]] = {}  # the models of each served name
         for name in servers:
-            self.learn(name, ())
+            self.learn(name, known._cards[name] if known is not None and name in kept else ())
         self._asked: dict[str, float] = {}  # when a server was last asked
         self._asking: dict[str, anyio.Event] = {}
         self._watching = anyio.CancelScope()

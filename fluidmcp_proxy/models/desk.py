@@ -15,7 +15,7 @@ from fluidmcp_proxy.models.state import Phase
 if TYPE_CHECKING:
     from fluidmcp_proxy.models.lease import Lease
 
-__all__ = ["Desk", "Slot", "shares_a_slot"]
+__all__ = ["Desk", "Inside", "Slot", "shares_a_slot"]
 
 
 class Slot:
@@ -44,13 +44,14 @@ class Desk:
     yet, which counts like a waiting request. ``kept``: it stays although nobody waits for it. ``promised_until``:
     somebody was told to come back, and is waited for until then. ``barred``: stopped by hand. ``forgiven``: it may be
     started again although it has failed. ``idle_since``: when the last request left; looked at while none is inside.
-    ``progress``: bytes answered and requests ended by leases that are over.
+    ``progress``: bytes answered and requests ended by leases that are over. ``retired``: the configuration has no such
+    model any more, or another one of its name.
     """
 
     __slots__ = (
         "asked", "attentive", "barred", "emptied", "failed_since", "forgiven", "gated", "idle_since", "idle_timeout",
         "inside", "kept", "limit", "max_queue", "name", "pace", "phase", "progress", "promised_until", "queue",
-        "server", "slot",
+        "retired", "server", "slot",
     )  # fmt: skip
 
     def __init__(self, server: Server, slot: Slot) -> None:
@@ -67,7 +68,7 @@ class Desk:
         self.inside: set[Lease] = set()
         self.queue: dict[Lease, None] = {}
         self.pace = Pace()
-        self.asked = self.kept = self.barred = self.forgiven = False
+        self.asked = self.kept = self.barred = self.forgiven = self.retired = False
         self.failed_since: float | None = None
         self.promised_until = -inf
         self.idle_since = inf
@@ -79,6 +80,20 @@ class Desk:
 
     def __repr__(self) -> str:
         return f"<Desk {self.name!r} {self.phase.name} inside={len(self.inside)} queue={len(self.queue)}>"
+
+
+class Inside:
+    """The requests inside a model's server, as that sees them; ``desk`` is set when the scheduler has admitted it."""
+
+    desk: Desk
+
+    def unanswered(self) -> int:
+        """Those that the server owes an answer."""
+        return sum(lease.owes_answer for lease in self.desk.inside)
+
+    def progress(self) -> int:
+        """A number that grows with every byte that the server answers and every request that it ends."""
+        return self.desk.progress + sum(lease.bytes_answered for lease in self.desk.inside)
 
 
 def shares_a_slot(config: ModelConfig) -> bool:

@@ -11,6 +11,7 @@ import anyio
 
 from fluidmcp_proxy.errors import GatewayError, ShuttingDown
 from fluidmcp_proxy.models.desk import Desk
+from fluidmcp_proxy.models.state import ModelStatus
 from fluidmcp_proxy.upstream.client import Transport
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Lease:
             raise
         finally:
             self.waited += perf_counter() - began
+
+    @property
+    def status(self) -> ModelStatus:
+        """A snapshot of the model, of which the configuration may know nothing any more."""
+        return self._desk.server.status
 
     def _forget(self) -> None:
         """It may be entered again, after a connect that failed."""

@@ -7,7 +7,7 @@ loops and tell when something has changed. Nothing is awaited between a change a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import inf
 
@@ -22,6 +22,7 @@ from fluidmcp_proxy.errors import (
     ModelStopped,
     QueueFull,
     QueueTimeout,
+    ShuttingDown,
 )
 from fluidmcp_proxy.models.desk import Desk, Slot, shares_a_slot
 from fluidmcp_proxy.models.lease import Lease
@@ -29,7 +30,7 @@ from fluidmcp_proxy.models.server import Server
 from fluidmcp_proxy.models.state import ModelState, ModelStatus, Phase
 from fluidmcp_proxy.models.turns import Ask, deadlines, line_up, may_enter, next_ask
 
-__all__ = ["Lease", "Scheduler", "Server"]
+__all__ = ["Lease", "Scheduler", "Server", "drain"]
 
 _GIVE_UP_CUT_STREAMS = 5.0
 """Seconds that requests get to end after they were cut: they only have to tell their clients."""
@@ -55,13 +56,37 @@ class Scheduler:
         self._alarm: anyio.CancelScope | None = None
         self._closed = False
 
-    def admit(self, server: Server) -> None:
+    def admit(self, server: Server) -> Desk:
         """Take a model in."""
         config = server.config
         slot = self._groups.setdefault(config.group, Slot()) if config.group and shares_a_slot(config) else Slot()
         desk = self._desks[config.id] = Desk(server, slot)
         desk.kept = config.start is Start.EAGER
         server.observe(partial(self._attend, slot))
+        return desk
+
+    def retire(self, model: str) -> Desk:
+        """Take a model out. Requests that wait for it are refused; those inside are its server's to drain.
+
+        It keeps its group's slot until its server, which is to be closed now, holds nothing any more.
+        """
+        desk = self._desks.pop(model)
+        desk.retired, desk.kept = True, False
+        self._attend(desk.slot)
+        return desk
+
+    def forget(self, desk: Desk) -> None:
+        """The server of a model that was retired is gone."""
+        slot = desk.slot
+        slot.desks.remove(desk)
+        slot.line.pop(desk, None)
+        if slot.holder is desk:
+            slot.holder = None
+        self._attend(slot)
+
+    def arrange(self, models: Iterable[str]) -> None:
+        """Have ``statuses()`` in the order of ``models``, which are all there are."""
+        self._desks = {name: self._desks[name] for name in models}
 
     async def run(self) -> None:
         """Decide again whenever time alone has changed something, until ``close()``."""
@@ -220,14 +245,7 @@ class Scheduler:
 
     async def drain(self, model: str, timeout: float) -> None:
         """Wait until no request is inside ``model``; those that are after ``timeout`` seconds are cut."""
-        desk = self._desks[model]
-        with anyio.move_on_after(timeout):
-            await _emptied(desk)
-            return
-        for lease in tuple(desk.inside):
-            lease.cut()
-        with anyio.move_on_after(_GIVE_UP_CUT_STREAMS):
-            await _emptied(desk)
+        await drain(self._desks[model], timeout)
 
     def _tell_emptied(self, desk: Desk) -> None:
         if not desk.inside and desk.emptied is not None:
@@ -289,6 +307,8 @@ class Scheduler:
                 lease.call(refusal=self._refusal(desk))
 
     def _refusal(self, desk: Desk) -> GatewayError | None:
+        if desk.retired:
+            return ShuttingDown(f"LLM model '{desk.name}' is being replaced; try again.", retry_after=_TRY_AGAIN)
         if desk.barred:
             return ModelStopped(f"LLM model '{desk.name}' is stopped; it has to be started again by hand.")
         refusal = desk.server.refusal()
@@ -311,6 +331,17 @@ class Scheduler:
             desk.kept = False
             desk.server.request_stop() if ask is Ask.STOP else desk.server.request_rest()
         return desk.server.phase is not before
+
+
+async def drain(desk: Desk, timeout: float) -> None:
+    """Wait until no request is inside; those that are after ``timeout`` seconds are cut."""
+    with anyio.move_on_after(timeout):
+        await _emptied(desk)
+        return
+    for lease in tuple(desk.inside):
+        lease.cut()
+    with anyio.move_on_after(_GIVE_UP_CUT_STREAMS):
+        await _emptied(desk)
 
 
 async def _emptied(desk: Desk) -> None:

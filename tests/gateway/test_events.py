@@ -89,7 +89,8 @@ def a_feed() -> tuple[Feed, Fleet]:
     server = FakeServer(config.models["m"])
     scheduler = Scheduler()
     scheduler.admit(server)
-    fleet = Fleet({"m": server}, scheduler, {})
+    fleet = Fleet(scheduler, None, anyio.create_task_group())
+    fleet.servers = {"m": server}
     return Feed(fleet, Tally()), fleet
 
 

@@ -305,7 +305,7 @@ def test_every_key_is_seen_by_nobody_else(upstream: int, caplog: pytest.LogCaptu
         repr(Keyring(config.settings)),
     ]
     gateway = Gateway(config)
-    seen.append(repr(gateway) + repr(vars(gateway)) + repr(vars(gateway._entrance)))
+    seen.append(repr(gateway) + repr(vars(gateway)) + repr(vars(gateway._table.entrance)))
     with TestClient(gateway) as client:
         for key in (ALICE, CI, OPS):
             for headers in (bearer(key), {"x-api-key": key}, {"authorization": f"Basic {key}"}):
