@@ -19,7 +19,7 @@ SUPPORTED = ("3.11", "3.12", "3.13")
 # Each file by one process: its fixtures are servers.
 IN_PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 
-nox.options.sessions = ["lint", "types", "tests", "lowest", "examples", "docs", "build", "e2e"]
+nox.options.sessions = ["lint", "types", "tests", "lowest", "examples", "docs", "page", "build", "e2e"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
