@@ -19,8 +19,8 @@ from prometheus_client.registry import Collector
 from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.cli.logs import Terminal
 from fluidmcp_proxy.config.load import parse_config
-from fluidmcp_proxy.gateway.app import _Request
 from fluidmcp_proxy.gateway.record import RequestRecord, access_log
+from fluidmcp_proxy.gateway.request import Request
 from fluidmcp_proxy.gateway.server_metrics import Told, merged, read
 from fluidmcp_proxy.gateway.tally import BUCKETS, Tally
 
@@ -66,7 +66,7 @@ def ended() -> Callable[[], object]:
     async def nothing(*_: Any) -> Any:
         raise NotImplementedError
 
-    request = _Request(scope, nothing, nothing, gateway._table)
+    request = Request(scope, nothing, nothing, gateway._table)
     return lambda: gateway._end(request, 200, "complete")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -12,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from fluidmcp_proxy.config.difference import Difference, difference, in_force
 from fluidmcp_proxy.config.models import GatewayConfig
-from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, ShuttingDown, UpstreamError
+from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, ShuttingDown
 from fluidmcp_proxy.gateway import events, pages
 from fluidmcp_proxy.gateway.access import ServedBy
 from fluidmcp_proxy.gateway.administration import act, send_logs
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.cors import answering, preflight
-from fluidmcp_proxy.gateway.entrance import Entrance, Visitor
+from fluidmcp_proxy.gateway.entrance import Entrance
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.record import RequestRecord, log_request
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
+from fluidmcp_proxy.gateway.request import Request
 from fluidmcp_proxy.gateway.routing import (
     Action,
     Forward,
@@ -33,7 +32,6 @@ from fluidmcp_proxy.gateway.routing import (
     Page,
     StaticFile,
     Unified,
-    speaks_anthropic,
 )
 from fluidmcp_proxy.gateway.table import Table
 from fluidmcp_proxy.gateway.tally import Tally
@@ -46,7 +44,7 @@ from fluidmcp_proxy.models.scheduler import Lease
 from fluidmcp_proxy.models.state import ModelStatus
 from fluidmcp_proxy.upstream.client import Body, Headers, Response, open_client
 from fluidmcp_proxy.upstream.endings import HandshakeRefused
-from fluidmcp_proxy.upstream.headers import pick_request_id, request_headers, response_headers
+from fluidmcp_proxy.upstream.headers import request_headers, response_headers
 
 if TYPE_CHECKING:
     import httpx
@@ -61,11 +59,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 logger = logging.getLogger("fluidmcp_proxy.gateway")
 
-_NOTED = frozenset(
-    {b"content-length", b"host", b"origin", b"prefer", b"transfer-encoding", b"upgrade", b"x-request-id"}
-)
-"""Headers that the gateway itself reads."""
-_WAIT = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE).search
 # What X-Forwarded-Proto calls the schemes of WebSocket scopes.
 _HTTP_SCHEMES = {"ws": "http", "wss": "https"}
 
@@ -205,7 +198,7 @@ class Gateway:
             return False
 
     async def _answer(self, entrance: Entrance, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _Request(scope, receive, send, self._table)
+        request = Request(scope, receive, send, self._table)
         origin = self._tell_browsers(request) if entrance.lists_origins else None
         try:
             target = entrance.admit(scope, request.headers, request.noted)
@@ -240,7 +233,7 @@ class Gateway:
             self._end(request, error.status, request.outcome_of(error), error.code)
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _Request(scope, receive, send, self._table)
+        request = Request(scope, receive, send, self._table)
         entrance = request.table.entrance
         try:
             target = entrance.admit(scope, request.headers, request.noted)
@@ -260,8 +253,8 @@ class Gateway:
                 request.lease.count(len(refusal.body))
             self._end(request, refusal.status, "complete")
 
-    async def _converse(self, route: Forward, request: _Request) -> None:
-        lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
+    async def _converse(self, route: Forward, request: Request) -> None:
+        lease = self._running().scheduler.lease(route.model, wait=request.preferred_wait)
         lease.owes_answer = False
         request.lease = lease
         handshake = Handshake(
@@ -274,22 +267,22 @@ class Gateway:
         relay = WebSocketRelay(handshake, lease, request.receive, request.send, self._trace(request, lease))
         await self._run(relay, request)
 
-    def _tell_browsers(self, request: _Request) -> bytes | None:
+    def _tell_browsers(self, request: Request) -> bytes | None:
         """Let a listed site's pages read the answer; the page's origin."""
         origin = request.table.entrance.listed_origin(request.noted)
         request.send = answering(request.send, origin)
         return origin
 
-    async def _forward_by_name(self, target: Target, request: _Request) -> None:
+    async def _forward_by_name(self, target: Target, request: Request) -> None:
         catalog, body = request.visitor.seen(self._running().catalog), self._body(request)
         model, request.headers = await choose_model(catalog, body, request.headers, target.query)
         route = request.visitor.router.named(model, request.scope["method"], target)
         assert isinstance(route, Forward)
         await self._forward(route, request, body)
 
-    async def _forward(self, route: Forward, request: _Request, body: RequestBody) -> None:
+    async def _forward(self, route: Forward, request: Request, body: RequestBody) -> None:
         request.model = route.model
-        lease = self._running().scheduler.lease(route.model, wait=_preferred_wait(request.noted))
+        lease = self._running().scheduler.lease(route.model, wait=request.preferred_wait)
         request.lease = lease
         wants_news = asks_for_progress(request.noted)
         news = (lambda: what_it_does(lease.status)) if wants_news else None
@@ -297,12 +290,12 @@ class Gateway:
         relay = Relay(self._outgoing(route, request), body, lease, request.send, news, trace)
         await self._run(relay, request)
 
-    def _trace(self, request: _Request, lease: Lease) -> Trace | None:
+    def _trace(self, request: Request, lease: Lease) -> Trace | None:
         if self._begin_trace is not None:
             request.trace = self._begin_trace(request.headers, request.elapsed, lease, lambda: lease.status)
         return request.trace
 
-    async def _run(self, relay: Relay | WebSocketRelay, request: _Request) -> None:
+    async def _run(self, relay: Relay | WebSocketRelay, request: Request) -> None:
         try:
             await relay.run()
         except (GatewayError, HandshakeRefused):
@@ -313,7 +306,7 @@ class Gateway:
             raise
         self._end(request, relay.status or None, relay.outcome, relay.code)
 
-    def _end(self, request: _Request, status: int | None, outcome: str, code: str = "-") -> None:
+    def _end(self, request: Request, status: int | None, outcome: str, code: str = "-") -> None:
         """The one place where a request is accounted for. That a page was shown is counted, and has no line."""
         record = request.record(status, outcome, code)
         self._tally.count(record)
@@ -323,15 +316,15 @@ class Gateway:
         if not is_page:
             self._report(record)
 
-    def _body(self, request: _Request) -> RequestBody:
+    def _body(self, request: Request) -> RequestBody:
         settings = self.config.settings
         return RequestBody(request.receive, request.noted, settings.max_body_bytes, settings.body_timeout)
 
-    def _outgoing(self, route: Forward, request: _Request) -> Outgoing:
+    def _outgoing(self, route: Forward, request: Request) -> Outgoing:
         method = request.scope["method"].encode("ascii")
         return Outgoing(method, route.target, self._headers(route, request), request.id, request.anthropic)
 
-    def _headers(self, route: Forward, request: _Request) -> list[tuple[bytes, bytes]]:
+    def _headers(self, route: Forward, request: Request) -> list[tuple[bytes, bytes]]:
         scope, client = request.scope, request.scope.get("client")
         scheme: str = scope.get("scheme", "http")
         spent = request.visitor.keys.headers
@@ -349,7 +342,7 @@ class Gateway:
         )
 
     async def _page(
-        self, route: Page | ModelPage | StaticFile | ListedModel | Action, request: _Request
+        self, route: Page | ModelPage | StaticFile | ListedModel | Action, request: Request
     ) -> pages.Answer:
         if route is Page.HEALTH:
             return pages.health()
@@ -378,7 +371,7 @@ class Gateway:
             return pages.model(fleet.scheduler, route.model)
         return pages.models(fleet.scheduler, names)
 
-    async def _show_events(self, request: _Request) -> None:
+    async def _show_events(self, request: Request) -> None:
         self._running()
         assert self._feed is not None
         visitor, request.route = request.visitor, events.LABEL
@@ -394,73 +387,6 @@ class Gateway:
                 "The gateway's lifespan is not running: the host app has to enter gateway.run() in its own lifespan."
             )
         return self._fleet
-
-
-class _Request:
-    """What goes with a request through this module."""
-
-    __slots__ = (
-        "_began",
-        "anthropic",
-        "headers",
-        "id",
-        "key",
-        "lease",
-        "model",
-        "noted",
-        "receive",
-        "route",
-        "scope",
-        "send",
-        "table",
-        "trace",
-        "visitor",
-    )
-
-    visitor: Visitor
-    """Not there before it is known who that is, so that nothing is done for nobody."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send, table: Table) -> None:
-        self.table = table
-        self._began = time.perf_counter()
-        self.scope = scope
-        self.receive = receive
-        self.send = send
-        # A list of its own: uvicorn with httptools adds the trailers of a chunked body to the scope's while it is read.
-        self.headers: list[tuple[bytes, bytes]] = [*scope["headers"]]
-        self.noted = [pair for pair in self.headers if pair[0] in _NOTED]
-        self.id = pick_request_id(self.noted)
-        self.anthropic = speaks_anthropic(scope["path"])
-        self.route = self.model = self.key = "-"
-        self.lease: Lease | None = None
-        self.trace: Trace | None = None
-
-    def identify(self, entrance: Entrance, target: Target) -> None:
-        """Find out whose it is. Raises ``InvalidApiKey``."""
-        self.visitor = entrance.identify(self.scope, self.headers, target)
-        self.key = self.visitor.keys.name
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since it came."""
-        return time.perf_counter() - self._began
-
-    def outcome_of(self, error: GatewayError) -> str:
-        """How a request ends that is answered with ``error``."""
-        if isinstance(error, UpstreamError):
-            return "upstream_died"
-        return "cut" if self.lease is not None and self.lease.was_cut else "refused"
-
-    def record(self, status: int | None, outcome: str, code: str) -> RequestRecord:
-        """What is known of it, now that it is over."""
-        began, lease, seconds = self._began, self.lease, self.elapsed
-        method = self.scope.get("method", "WEBSOCKET")
-        about = self.id.decode(), method, self.route, self.model, status
-        if lease is None:
-            return RequestRecord(*about, 0, 0, seconds, None, None, outcome, code, self.key)
-        first, sent = lease.first_byte_at, (lease.bytes_answered, lease.chunks_answered)
-        ttfb = None if first is None else first - began
-        return RequestRecord(*about, *sent, seconds, ttfb, lease.waited, outcome, code, self.key)
 
 
 class _LeasedTransport:
@@ -501,11 +427,3 @@ async def _without_value(context: AbstractAsyncContextManager[object]) -> AsyncI
     """Starlette takes what a lifespan yields for its state."""
     async with context:
         yield
-
-
-def _preferred_wait(headers: Headers) -> float | None:
-    """Seconds of ``Prefer: wait=N`` (RFC 7240 §4.3)."""
-    for name, value in headers:
-        if name == b"prefer" and (match := _WAIT(value)):
-            return float(match[1])
-    return None

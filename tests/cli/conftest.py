@@ -62,6 +62,12 @@ def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
+def tmp_path(short_path: Path) -> Path:
+    """Short: the control socket is in it."""
+    return short_path
+
+
+@pytest.fixture
 def mark() -> Iterator[Mark]:
     with marked() as mark:
         yield mark
