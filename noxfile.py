@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SUPPORTED = ("3.11", "3.12", "3.13")
 
-# Each file by one process: its fixtures are servers.
-IN_PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+# Many tests wait for a process or a deadline, so there are more processes than cores.
+IN_PARALLEL = ("-n", "3", "--dist", "worksteal")
 
 nox.options.sessions = ["lint", "types", "tests", "lowest", "examples", "docs", "page", "build", "e2e"]
 nox.options.reuse_existing_virtualenvs = True

@@ -170,7 +170,7 @@ def test_the_state_of_a_model(client: httpx.Client) -> None:
         ("GET /m/v1/..%2fhealth", 400, "invalid_path"),
         ("GET /m/v1//models", 400, "invalid_path"),
         ("GET /nobody/v1/models", 404, "model_not_found"),
-        ("GET /", 404, "path_not_found"),
+        ("GET /nothing", 404, "path_not_found"),
         ("GET /m/v1/load_lora_adapter", 404, "path_not_found"),
         ("PUT /health", 405, "method_not_allowed"),
         ("GET /m/mcp", 410, "mcp_endpoint_removed"),
