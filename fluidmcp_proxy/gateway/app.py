@@ -17,6 +17,7 @@ from fluidmcp_proxy.gateway.administration import act, send_logs
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
 from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
 from fluidmcp_proxy.gateway.cors import answering, preflight
+from fluidmcp_proxy.gateway.departure import race_departure
 from fluidmcp_proxy.gateway.entrance import Entrance
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
@@ -275,10 +276,23 @@ class Gateway:
 
     async def _forward_by_name(self, target: Target, request: Request) -> None:
         catalog, body = request.visitor.seen(self._running().catalog), self._body(request)
-        model, request.headers = await choose_model(catalog, body, request.headers, target.query)
+        introduce = partial(self._introduce, request, body)
+        model, request.headers = await choose_model(catalog, body, request.headers, target.query, introduce)
         route = request.visitor.router.named(model, request.scope["method"], target)
         assert isinstance(route, Forward)
         await self._forward(route, request, body)
+
+    async def _introduce(self, request: Request, body: RequestBody, model: str) -> None:
+        """Wait until ``model`` is ready, as a request to it does, and learn what its server calls itself."""
+        fleet, request.model = self._running(), model
+        lease = fleet.scheduler.lease(model, wait=request.preferred_wait)
+        race = race_departure(body.client_left)
+        lease.interrupt = race.interrupt
+        async with race:
+            async with lease:
+                await fleet.catalog.meet(model)
+            return
+        raise lease.shutting_down() if lease.was_cut else ClientDisconnected
 
     async def _forward(self, route: Forward, request: Request, body: RequestBody) -> None:
         request.model = route.model

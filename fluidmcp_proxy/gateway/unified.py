@@ -6,7 +6,7 @@ The rest of the body stays as it is. No more of it is held than comes before the
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import islice
 from urllib.parse import unquote_plus
 
@@ -25,8 +25,12 @@ _PIECES_AHEAD = 3
 Headers = list[tuple[bytes, bytes]]
 
 
-async def choose_model(catalog: Catalog, body: RequestBody, headers: Headers, query: bytes) -> tuple[str, Headers]:
+async def choose_model(
+    catalog: Catalog, body: RequestBody, headers: Headers, query: bytes, introduce: Callable[[str], Awaitable[None]]
+) -> tuple[str, Headers]:
     """The id of the model that a request is for, and its headers, with another length where the name was replaced.
+
+    ``introduce`` waits until a model is ready of which no name is known that its server understands, and learns them.
 
     ``body`` is read until the name is known and starts anew with the right one. Where the body names no model, or
     cannot be looked into, ``?model=`` does.
@@ -55,6 +59,9 @@ async def choose_model(catalog: Catalog, body: RequestBody, headers: Headers, qu
         said = "The model's name cannot be read from a body with a content coding: send it without, or add ?model=NAME."
         raise ModelRequired(said)
     found = await catalog.look_up(name)
+    if place is not None and catalog.is_unanswered(place.name):
+        await introduce(found.model)
+        found = catalog.find(place.name)
     if found.rename is not None and place is not None:
         new = encode(found.rename) if boundary is None else found.rename.encode()
         opened.put(new, place)

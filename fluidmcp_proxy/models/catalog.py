@@ -116,6 +116,15 @@ class Catalog:
             await self.refresh()
         return self.find(name)
 
+    def is_unanswered(self, name: str) -> bool:
+        """Whether ``name`` is an id or alias of a model of whose server no name is known yet."""
+        model = self._own.get(name)
+        return model is not None and not self._names[model]
+
+    async def meet(self, model: str) -> None:
+        """Ask the server of ``model``, which is there now, for its names."""
+        await self._ask(model)
+
     def cards(self) -> Iterator[dict[str, Any]]:
         """Every name that is one model's, as OpenAI's list has it, with what the server says about it."""
         for model, server in self._servers.items():

@@ -25,7 +25,7 @@ from fluidmcp_proxy.gateway.unified import choose_model, model_in_query
 from fluidmcp_proxy.models.catalog import Catalog
 from tests.gateway.test_forwarding import stats
 from tests.models.test_catalog import TWO, catalog
-from tests.serving import STUB, eventually, free_port, raw_exchange, serving, stub
+from tests.serving import DEADLINE, STUB, eventually, free_port, raw_exchange, serving, stub
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,41 @@ def test_a_launched_model_is_found_by_its_name_before_it_runs(
             assert client.post("/v1/chat/completions", json=body).json()["model"] == "org/b"
 
 
+@pytest.fixture
+def strangers(tmp_path: Path) -> Iterator[int]:
+    """A gateway with two models on demand that are no vLLM: what their servers call themselves is not known yet."""
+    args = ["-S", "-E", str(STUB), "serve", "org/M", "--load-time", "0.3", "--port"]
+    common = {"command": sys.executable, "start": "on_demand", "stop_timeout": 5}
+    models = {
+        "m": {**common, "args": [*args, str(free_port())], "aliases": ["other"]},
+        "never": {**common, "args": [*args, str(free_port()), "--never-ready"]},
+    }
+    gateway = {"log_dir": str(tmp_path / "log"), "runtime_dir": str(tmp_path / "run"), "drain_timeout": 0.1}
+    config = parse_config({"llmModels": models, "gateway": gateway}, environ={"PATH": "/usr/bin:/bin"})
+    with serving(Gateway(config)) as port:
+        yield port
+
+
+@pytest.mark.parametrize("name", ["m", "other"])
+def test_the_first_request_waits_until_the_servers_name_is_known(strangers: int, name: str) -> None:
+    url = f"http://127.0.0.1:{strangers}/v1/echo"
+    answer = httpx.post(url, json={"model": name, "messages": []}, timeout=DEADLINE)
+    assert json.loads(received(answer)[0])["model"] == "org/M"
+
+
+def test_who_waits_for_a_name_waits_like_anybody_else(strangers: int) -> None:
+    url = f"http://127.0.0.1:{strangers}/v1/chat/completions"
+    answer = httpx.post(url, json={"model": "never"}, headers={"prefer": "wait=0"}, timeout=DEADLINE)
+    assert refused(answer) == (503, "model_starting")
+    body = b'{"model": "never"}'
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    state = f"http://127.0.0.1:{strangers}/models/never"
+    with socket.create_connection(("127.0.0.1", strangers)) as client:
+        client.sendall(head + body)
+        eventually(lambda: httpx.get(state).json()["queued"] == 1, "it waits")
+    eventually(lambda: httpx.get(state).json()["queued"] == 0, "it has left")
+
+
 def test_a_single_model_needs_no_name(upstream: int) -> None:
     entry = {"endpoints": {"base_url": f"http://127.0.0.1:{upstream}"}, "aliases": ["x"]}
     app = Gateway(parse_config({"llmModels": {"only": entry}}, environ={}))
@@ -289,10 +324,14 @@ class Pieces:
         return {"type": "http.request", "body": self.pieces[self.read - 1], "more_body": self.read < len(self.pieces)}
 
 
+async def nobody(model: str) -> None:
+    pytest.fail(f"{model} is known")
+
+
 async def choose(names: Catalog, pieces: Pieces) -> tuple[str, Any, list[tuple[bytes, bytes]]]:
     headers = [(b"content-length", str(sum(map(len, pieces.pieces))).encode())]
     body = RequestBody(pieces.receive, headers, 100_000_000, 60)
-    model, headers = await choose_model(names, body, headers, b"")
+    model, headers = await choose_model(names, body, headers, b"", nobody)
     return model, await body.start(), headers
 
 
