@@ -178,16 +178,19 @@ def test_the_state_of_a_model(client: httpx.Client) -> None:
     ],
 )
 def test_refusals(gateway: int, upstream: int, request_line: str, status: int, code: str) -> None:
-    before = stats(upstream)["requests"]
     request = f"{request_line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    received, _ = raw_exchange(gateway, request.encode())
+    for _ in range(3):  # a gateway's probe may come in between
+        before = stats(upstream)["requests"]
+        received, _ = raw_exchange(gateway, request.encode())
+        if nothing_else := stats(upstream)["requests"] == before + 1:  # the question itself
+            break
     head, _, body = received.partition(b"\r\n\r\n")
     assert int(head.split(b" ")[1]) == status
     error = json.loads(body)["error"]
     assert error["code"] == code
     assert set(error) == {"message", "type", "param", "code"}
     assert b"x-request-id" in head.lower()
-    assert stats(upstream)["requests"] == before + 1  # the question itself
+    assert nothing_else
 
 
 def test_a_body_over_the_limit(upstream: int, server: str) -> None:

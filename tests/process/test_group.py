@@ -117,7 +117,8 @@ async def test_the_guardian_holds_the_lock(mark: Mark, tmp_path: Path) -> None:
 
 async def test_signals_are_as_a_shell_has_them(mark: Mark) -> None:
     _, lines = await run_shell(mark, "grep -E 'Sig(Blk|Ign)' /proc/self/status")
-    assert [int(line.split()[1], 16) for line in lines] == [0, 0]
+    # Signals 32 and 33 are glibc's own; a fork while a thread starts may find one of them blocked.
+    assert [int(line.split()[1], 16) & ~(0b11 << 31) for line in lines] == [0, 0]
 
 
 # -- commands that cannot be run
