@@ -15,7 +15,9 @@ from tests.serving import serving, stub
 def remote(port: int, **keys: Any) -> Gateway:
     """A gateway whose only model ``m`` is served on ``port`` by somebody else."""
     entry = {"endpoints": {"base_url": f"http://127.0.0.1:{port}/v1"}, **keys}
-    return Gateway(parse_config({"llmModels": {"m": entry}}, environ={}))
+    # Less than anybody waits for a server's end: hypercorn does not always tell that a client has left.
+    document = {"llmModels": {"m": entry}, "gateway": {"drain_timeout": 5}}
+    return Gateway(parse_config(document, environ={}))
 
 
 @pytest.fixture(scope="session")
