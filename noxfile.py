@@ -17,9 +17,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SUPPORTED = ("3.11", "3.12", "3.13")
 
 # Many tests wait for a process or a deadline, so there are more processes than cores.
-# One that fails gets a second try, as in CPython's own suite: twenty thousand of them, with real processes on a machine
-# that is full, meet what no deadline foresees. The summary counts the second tries; one that fails twice has failed.
-IN_PARALLEL = ("-n", "3", "--dist", "worksteal", "--reruns", "1")
+IN_PARALLEL = ("-n", "3", "--dist", "worksteal")
 
 nox.options.sessions = ["lint", "types", "tests", "lowest", "examples", "docs", "page", "build", "e2e"]
 nox.options.reuse_existing_virtualenvs = True
