@@ -117,9 +117,9 @@ class Catalog:
         return self.find(name)
 
     def is_unanswered(self, name: str) -> bool:
-        """Whether ``name`` is an id or alias of a model of whose server no name is known yet."""
+        """Whether ``name`` is an id or alias of a model whose server is not there yet to tell what it calls itself."""
         model = self._own.get(name)
-        return model is not None and not self._names[model]
+        return model is not None and not self._names[model] and self._servers[model].transport is None
 
     async def meet(self, model: str) -> None:
         """Ask the server of ``model``, which is there now, for its names."""
