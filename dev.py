@@ -7,13 +7,17 @@ the rest.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent
+REPORTS = ROOT / ".cache" / "reports"
 ENVIRONMENT = ROOT / ".cache" / f"nox-{sys.version_info.major}.{sys.version_info.minor}"
 NOX = "nox==2026.10.20"
 USAGE = """usage: python3 dev.py demo [--once] [--stub]   a real model answers through the gateway, on the CPU
@@ -35,12 +39,24 @@ def nox() -> Path:
     return program
 
 
+def failures(report: Path) -> Iterator[str]:
+    """Each failed test of one of pytest's reports (JUnit's XML), with the end of what it said."""
+    for case in ElementTree.parse(report).iter("testcase"):
+        for kind in ("failure", "error"):
+            if (found := case.find(kind)) is not None:
+                said = (found.text or found.get("message") or "").splitlines()[-40:]
+                yield "\n".join([f"{report.stem}: {kind} in {case.get('classname')}::{case.get('name')}", *said, ""])
+
+
 def test() -> int:
-    """Run every session of nox's default list and end with one line that says how many passed."""
+    """Run every session of nox's default list, say again what failed, and end with how many sessions passed."""
+    shutil.rmtree(REPORTS, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         code = subprocess.run([nox(), "--report", report], cwd=ROOT, check=False).returncode
         sessions = json.loads(report.read_text())["sessions"] if report.exists() else []
+    for path in sorted(REPORTS.glob("*.xml")):
+        print(*failures(path), sep="\n", end="")
     for session in sessions:
         print(f"{session['result']:>8}  {session['name']}")
     results = [session["result"] for session in sessions]

@@ -64,6 +64,12 @@ def package_version() -> str:
     return found[1]
 
 
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest; what failed is also written where dev.py looks, which says it once more at its end."""
+    report = ROOT / ".cache" / "reports" / f"{session.name}.xml"
+    session.run("pytest", f"--junit-xml={report}", *arguments, *session.posargs)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Format, lint, and who may import whom."""
@@ -84,28 +90,28 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything that needs no vLLM."""
     session.install("-e", ".", *group("test"))
-    session.run("pytest", *IN_PARALLEL, "-m", "not e2e and not page", *session.posargs)
+    pytest(session, *IN_PARALLEL, "-m", "not e2e and not page")
 
 
 @nox.session
 def lowest(session: nox.Session) -> None:
     """The same with the lowest versions of the direct dependencies."""
     session.install("-e", ".", *group("test"), *lowest_versions())
-    session.run("pytest", *IN_PARALLEL, "-m", "not e2e and not page", *session.posargs)
+    pytest(session, *IN_PARALLEL, "-m", "not e2e and not page")
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
     """The tests against any input, with many more examples."""
     session.install("-e", ".", *group("test"))
-    session.run("pytest", "-m", "fuzz", "--hypothesis-profile", "fuzz", "--timeout", "0", *session.posargs)
+    pytest(session, "-m", "fuzz", "--hypothesis-profile", "fuzz", "--timeout", "0")
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Every example, run, and the documentation's."""
     session.install("-e", ".", *group("examples"))
-    session.run("pytest", "tests/examples", "tests/test_docs.py", *session.posargs)
+    pytest(session, "tests/examples", "tests/test_docs.py")
 
 
 @nox.session
@@ -163,7 +169,7 @@ def e2e(session: nox.Session) -> None:
     session.install("-e", ".", *group("e2e"))
     # LangChain and LiteLLM keep clients for ever, so the interpreter's end finds sockets that nobody has closed.
     theirs = ("-W", "default::ResourceWarning", "-W", "default::pytest.PytestUnraisableExceptionWarning")
-    session.run("pytest", *theirs, "-m", "e2e", "tests/e2e", *session.posargs)
+    pytest(session, *theirs, "-m", "e2e", "tests/e2e")
 
 
 @nox.session
@@ -179,7 +185,7 @@ def page(session: nox.Session) -> None:
     if session.posargs == ["--screenshots"]:
         session.run("python", "-m", "tests.page.screenshots", str(ROOT / "docs"))
     else:
-        session.run("pytest", "-n", "2", "-m", "page", "tests/page", *session.posargs)
+        pytest(session, "-n", "2", "-m", "page", "tests/page")
 
 
 @nox.session
