@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,6 +13,10 @@ from hypothesis import settings
 
 # What looks at the page needs a browser's driver, which only its session installs.
 collect_ignore = [] if find_spec("playwright") and find_spec("axe_playwright_python") else ["page"]
+
+# What a shell has put into the background ignores Ctrl-C, and so would every program that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("fuzz", max_examples=20_000)
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,18 @@ def _uvicorn(app: Any, parser: str, ws: str = "websockets-sansio") -> Iterator[i
             assert not thread.is_alive()
 
 
+class _HypercornLoop(asyncio.SelectorEventLoop):
+    """From Python 3.12.1 on ``wait_closed()`` waits for connections, too, and hypercorn does that without a limit.
+
+    One whose body nobody has read to its end it never closes by itself.
+    """
+
+    async def create_server(self, *args: Any, **keys: Any) -> asyncio.Server:
+        server = await super().create_server(*args, **keys)
+        server.wait_closed = partial(asyncio.sleep, 0)  # type: ignore[method-assign]
+        return server
+
+
 @contextlib.contextmanager
 def _hypercorn(app: Any) -> Iterator[int]:
     port = free_port()
@@ -121,7 +134,7 @@ def _hypercorn(app: Any) -> Iterator[int]:
     config.bind = [f"127.0.0.1:{port}"]
     config.errorlog = config.accesslog = None
     config.graceful_timeout = 5
-    ready, loop, over = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
+    ready, loop, over = threading.Event(), _HypercornLoop(), asyncio.Event()
 
     async def main() -> None:
         ready.set()
