@@ -19,7 +19,6 @@ from fluidmcp_proxy.models.state import ModelState, ModelStatus
 __all__ = ["bars", "changes", "endpoints", "report_progress", "url_of"]
 
 _PERIOD = 0.5
-_WIDTH = 110
 # What vLLM puts in front of what it says: (EngineCore pid=42) INFO 11-24 09:51:33 [core.py:402]
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\)\s*)?([A-Z]+:?\s+)?([\d-]+ [\d:.]+ )?(\[\S+:\d+\]\s*)?")
 
@@ -110,8 +109,8 @@ def _line(status: ModelStatus, url: str) -> str | None:
     if status.state is ModelState.READY:
         return f"  {status.id}: ready at {url}/{status.id}/v1"
     if status.state is ModelState.STARTING:
-        doing = _doing(status) if status.stage is None else _stage(status)
-        return f"  {status.id}: loading{': ' if doing else ''}{doing}"[:_WIDTH]
+        # Nothing else that the server says: a bar's line passes, these stay, and most of what servers say is noise.
+        return f"  {status.id}: loading" if status.stage is None else f"  {status.id}: loading: {_stage(status)}"
     return None  # stops and failures are in the log
 
 
