@@ -213,7 +213,7 @@ def swaps(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """What forwarding costs, beside its peers, and what the gateway withstands: the figures of docs/performance.md."""
-    session.install("-e", ".", "uvloop")
+    session.install("-e", ".")
     both, own = ("--quick", "--no-install"), ("--real",)
     forwarding = [argument for argument in session.posargs if argument not in own]
     endurance = [argument for argument in session.posargs if argument in both + own]
@@ -224,5 +224,5 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def profile(session: nox.Session) -> None:
     """Where the gateway's time goes under load."""
-    session.install("-e", ".", "uvloop")
+    session.install("-e", ".")
     session.run("python", "benchmarks/forwarding.py", "--profile", *session.posargs)
