@@ -77,7 +77,10 @@ class SleepMode:
 
     async def _says(self, transport: Transport, sleeping: bool) -> bool:
         status, body = await self._exchange(transport, b"GET", "/is_sleeping", b"")
-        return status == 200 and json.loads(body) == {"is_sleeping": sleeping}
+        try:
+            return status == 200 and json.loads(body) == {"is_sleeping": sleeping}
+        except ValueError:
+            return False
 
     async def _exchange(self, transport: Transport, method: bytes, path: str, body: bytes) -> tuple[int, bytes]:
         target = (self.address.root + path).encode()

@@ -83,6 +83,10 @@ async def test_a_server_that_is_gone() -> None:
     await transport.aclose()
 
 
+async def test_a_server_that_answers_something_else() -> None:
+    assert not await SleepMode(Address("http", "127.0.0.1", 1), 1).fall_asleep(FakeTransport(lambda: 200))
+
+
 async def test_a_vllm_without_its_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_SERVER_DEV_MODE")
     async with sleeper() as (mode, transport):
