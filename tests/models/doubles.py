@@ -40,10 +40,11 @@ class FakeResponse:
 
 
 class FakeTransport:
-    """Answers with what ``status`` returns, which may raise."""
+    """Answers with what ``status`` returns, which may raise, and ``content``."""
 
-    def __init__(self, status: Callable[[], int] = lambda: 200) -> None:
+    def __init__(self, status: Callable[[], int] = lambda: 200, content: bytes = b"{}") -> None:
         self.status = status
+        self.content = content
         self.closed = False
         self.asked: list[bytes] = []
 
@@ -53,7 +54,7 @@ class FakeTransport:
     ) -> AsyncIterator[Response]:
         self.asked.append(target)
         await anyio.lowlevel.checkpoint()
-        yield FakeResponse(self.status())
+        yield FakeResponse(self.status(), self.content)
 
     def open_websocket(
         self, target: bytes, headers: Headers, subprotocols: Sequence[str] = (), *, max_message: int

@@ -83,8 +83,10 @@ async def test_a_server_that_is_gone() -> None:
     await transport.aclose()
 
 
-async def test_a_server_that_answers_something_else() -> None:
-    assert not await SleepMode(Address("http", "127.0.0.1", 1), 1).fall_asleep(FakeTransport(lambda: 200))
+@pytest.mark.parametrize("content", [b"", b"yes", b"{}", b"[]"])
+async def test_a_server_that_answers_something_else(content: bytes) -> None:
+    transport = FakeTransport(content=content)
+    assert not await SleepMode(Address("http", "127.0.0.1", 1), 1).fall_asleep(transport)
 
 
 async def test_a_vllm_without_its_routes(monkeypatch: pytest.MonkeyPatch) -> None:
