@@ -149,8 +149,7 @@ def test_hangup_of_a_terminal(config: Path, mark: Mark, is_ignored: bool) -> Non
         os.login_tty(os.dup(slave))
         for number, output in enumerate(outputs, 1):
             os.dup2(output, number)
-        if is_ignored:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)  # the tests may be run by nohup
 
     try:
         with hung_up(config, mark, prepare) as (process, output):
