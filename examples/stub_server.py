@@ -42,7 +42,8 @@ With --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1 as vLLM has them: /sleep, /w
 /reset_prefix_cache. Asleep it is healthy and generates nothing; after level 2 it says "!" until it reloads its weights.
 
 Per request, as a header `x-stub-NAME: VALUE` or in the JSON body as {"stub": {"NAME": VALUE}}: token-interval,
-answer-delay, hang, hang-after, cut-after, cut-how (fin, rst or exit), garbage, status, error-after (tokens).
+answer-delay, hang, hang-after, hang-until, cut-after, cut-how (fin, rst or exit), garbage, status, error-after
+(tokens).
 `x-stub-response-header: NAME: VALUE` (may be repeated) adds a header to the answer.
 """
 
@@ -72,6 +73,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     add("--load-time", type=float, default=0.0, metavar="S", help="seconds until ready; the port opens then")
     add("--listen-early", action="store_true", help="open the port at once, /health says 503 until loaded")
+    add("--load-until", metavar="FILE", help="load, after that time, until this file is there")
     add("--never-ready", action="store_true", help="never open the port (with --listen-early: /health stays 503)")
     add("--health-delay", type=float, default=0.0, metavar="S", help="seconds that /health takes")
     add("--metrics", choices=["good", "none", "hang", "nonsense"], default="good", help="what /metrics does")
@@ -79,6 +81,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--answer-delay", type=float, default=0.0, metavar="S", help="seconds before anything of an answer is sent")
     add("--hang", action="store_true", help="healthy, but generates nothing")
     add("--hang-after", type=int, metavar="N", help="hang after N tokens")
+    add("--hang-until", metavar="FILE", help="where it hangs, go on when this file is there")
     add("--cut-after", type=int, metavar="N", help="close the connection after N bytes of an answer's body")
     add("--garbage", action="store_true", help="answer with bytes that are not HTTP")
     add("--crash", metavar="TEXT", help="print TEXT on stderr and exit at once")
@@ -195,7 +198,14 @@ async def load(options: argparse.Namespace) -> None:
         await asyncio.sleep(options.load_time / steps)
     if not steps:
         await asyncio.sleep(options.load_time)
+    if options.load_until:
+        await there(options.load_until)
     log(f"Loading weights took {options.load_time:.2f} seconds", "default_loader.py:308")
+
+
+async def there(path: str) -> None:
+    while not os.path.exists(path):
+        await asyncio.sleep(0.01)
 
 
 # -- HTTP --------------------------------------------------------------------------------------------------------------
@@ -508,7 +518,7 @@ class Server:
             form.vocabulary = ["!"]
         await self.pause(request.number("answer-delay", options.answer_delay) or 0.0)
         if request.flag("hang", options.hang):
-            await asyncio.Event().wait()
+            await self.hang(request)
         if document.get("stream"):
             return await self.stream(request, form, out)
         async for _ in self.words(request, form):
@@ -536,8 +546,8 @@ class Server:
         interval = request.number("token-interval", self.options.token_interval) or 0.0
         hang_after = request.number("hang-after", self.options.hang_after)
         for number in range(form.limit):
-            if hang_after is not None and number >= hang_after:
-                await asyncio.Event().wait()
+            if hang_after is not None and number == hang_after:
+                await self.hang(request)
             await self.pause(interval)
             if self.stopping.is_set():
                 form.finish_reason = "abort"
@@ -545,6 +555,12 @@ class Server:
             self.tokens += 1
             self.iterations += 1
             yield form.next_word()
+
+    async def hang(self, request: Request) -> None:
+        if until := request.knobs.get("hang-until", self.options.hang_until):
+            await there(until)
+        else:
+            await asyncio.Event().wait()
 
     async def pause(self, seconds: float) -> None:
         """Sleep, but no longer than until SIGTERM."""
@@ -555,13 +571,13 @@ class Server:
     async def websocket_route(self, request: Request, out: Connection) -> None:
         if status := request.number("status", None):
             return await out.respond_json(error("as asked", "StubError", int(status)), int(status))
-        await self.pause(request.number("answer-delay", self.options.answer_delay) or 0.0)
         key = request.header("sec-websocket-key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
-        out._head(101, ["upgrade: websocket", "connection: upgrade", f"sec-websocket-accept: {accept}"])
         self.running += 1
         finished = False
         try:
+            await self.pause(request.number("answer-delay", self.options.answer_delay) or 0.0)
+            out._head(101, ["upgrade: websocket", "connection: upgrade", f"sec-websocket-accept: {accept}"])
             self.last_close = await Conversation(request, out).run()
             finished = True
         finally:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # What looks at the page needs a browser's driver, which only its session installs.
 collect_ignore = [] if find_spec("playwright") and find_spec("axe_playwright_python") else ["page"]
@@ -18,7 +18,13 @@ collect_ignore = [] if find_spec("playwright") and find_spec("axe_playwright_pyt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("fuzz", max_examples=20_000)
+# The same commit gives the same result wherever and however often it is tested: examples follow from the test itself,
+# and none is judged by its time. Other examples are looked for by nox -s fuzz, anew each time.
+settings.register_profile(
+    "tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("fuzz", settings.get_profile("tests"), derandomize=False, max_examples=20_000)
+settings.load_profile("tests")
 
 
 @pytest.fixture

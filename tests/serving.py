@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import http.client
-import os
 import socket
 import subprocess
 import sys
@@ -22,31 +20,11 @@ import hypercorn.config
 import uvicorn
 
 from fluidmcp_proxy.cli.protocol import GatewayProtocol
+from tests.ports import free_port as free_port
 
 STUB = Path(__file__).parent.parent / "examples" / "stub_server.py"
-DEADLINE = 20.0
-"""Seconds after which waiting for anything fails a test."""
-
-
-RESERVED: collections.deque[int] = collections.deque()
-"""File descriptors of sockets that are bound and do not listen; as numbers, since no object is to be collected."""
-
-
-def free_port() -> int:
-    """A port that nobody listens on, and that the kernel chooses for nobody else while it is among the last 100.
-
-    A port that is only looked up and let go can be taken before it is used: by a listener of another test process, or
-    by a connection that then talks to itself. A bound socket that does not listen keeps both away, and with SO_REUSEADDR
-    it leaves the port to whoever names it, which any server does that sets the same option.
-    """
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(("127.0.0.1", 0))
-    port: int = bound.getsockname()[1]
-    RESERVED.append(bound.detach())
-    if len(RESERVED) > 100:
-        os.close(RESERVED.popleft())
-    return port
+DEADLINE = 60.0
+"""Seconds after which waiting for anything fails a test: there to end a hang, on a machine however busy."""
 
 
 def eventually(condition: Callable[[], Any], what: str = "") -> Any:

@@ -115,7 +115,7 @@ def test_the_valid_document_is_valid() -> None:
     assert isinstance(outcome(VALID), GatewayConfig)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_JSON | _DOCUMENT)
 @example({"llmModels": {"a": {"command": "vllm", "startup_timeout": 10**400}}})
 @example({"llmModels": {"a": {"endpoints": {"base_url": "http://[v1.x]"}}}})
@@ -123,7 +123,7 @@ def test_any_document_loads_or_is_refused(document: Any) -> None:
     outcome(document)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(sorted(leaves(VALID), key=str)), _JSON)
 def test_a_valid_document_with_one_change(path: tuple[str | int, ...], value: Any) -> None:
     document = copy.deepcopy(VALID)
@@ -134,7 +134,7 @@ def test_a_valid_document_with_one_change(path: tuple[str | int, ...], value: An
     outcome(document)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=40) | st.text('{}[]",:\\ntruefalsn0123.eE-+NaIfiy \n', max_size=40).map(str.encode))
 def test_any_bytes_parse_or_are_refused(content: bytes) -> None:
     try:
@@ -148,7 +148,7 @@ def test_any_bytes_parse_or_are_refused(content: bytes) -> None:
         assert isinstance(result, dict)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_DOCUMENT)
 def test_any_document_migrates(document: dict[str, Any]) -> None:
     migration = migrate(document)
@@ -157,7 +157,7 @@ def test_any_document_migrates(document: dict[str, Any]) -> None:
     assert not migrate(migration.document).changes
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_DOCUMENT)
 def test_a_file_and_its_document_agree(tmp_path: Path, document: dict[str, Any]) -> None:
     file = tmp_path / "models.json"

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from hypothesis import HealthCheck, event, example, given, settings
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from fluidmcp_proxy.errors import GatewayError, RequestTooLarge
@@ -38,7 +38,6 @@ ROUTER = Router(remote(1).config.models)
 OPEN = (b"tokenize", b"detokenize", b"rerank", b"score", b"classify", b"pooling")
 
 
-@settings(deadline=None)
 @given(prefix=PREFIXES, rest=PATHS, method=st.sampled_from(["GET", "POST"]), root=st.sampled_from(["", "/mount"]))
 @example(prefix=b"/m/v1/", rest=b"%252e%252e/metrics", method="GET", root="")
 @example(prefix=b"/m/v1/", rest=b"%25%32%65./metrics", method="GET", root="")
@@ -72,7 +71,6 @@ def test_nothing_is_forwarded_that_means_something_else_decoded_again(
     assert not {0, ord("\\")} & set(decoded)
 
 
-@settings(deadline=None)
 @given(
     pieces=st.lists(st.integers(0, 70_000), max_size=8),
     limit=st.integers(0, 300_000),
@@ -137,7 +135,6 @@ def heard(method: str = "POST", body: bytes = b"", cuts: list[int] | None = None
     yield scope, receive, send, said
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     framing=FRAMINGS,
     fields=FIELDS,

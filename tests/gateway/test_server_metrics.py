@@ -51,7 +51,6 @@ def registries(draw: st.DrawFn) -> CollectorRegistry:
 
 
 @hypothesis.given(registries())
-@hypothesis.settings(max_examples=100, deadline=None)
 def test_it_reads_what_prometheus_client_writes(registry: CollectorRegistry) -> None:
     text = generate_latest(registry).decode()
     before = list(text_string_to_metric_families(text))

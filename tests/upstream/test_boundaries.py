@@ -48,7 +48,7 @@ def divide(data: bytes, cuts: list[int]) -> Iterator[bytes]:
         yield data[start:end]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(framing=FRAMINGS, fields=FIELDS, chunks=CHUNKS, cuts=CUTS)
 @example(framing="chunked", fields=[(b"x-a", b"")], chunks=[b"\r\n0\r\n\r\n"], cuts=list(range(120)))
 def test_division_changes_nothing(
@@ -71,7 +71,7 @@ def test_division_changes_nothing(
         assert answer.clean
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(framing=st.sampled_from(["length", "chunked"]), fields=FIELDS, chunks=CHUNKS, cuts=CUTS, end=st.floats(0, 0.999))
 def test_a_cut_answer_is_never_complete(
     framing: str, fields: list[tuple[bytes, bytes]], chunks: list[bytes], cuts: list[int], end: float
@@ -85,7 +85,7 @@ def test_a_cut_answer_is_never_complete(
     assert b"".join(chunks).startswith(b"".join(answer.parts))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(chunks=CHUNKS, surplus=st.binary(min_size=1, max_size=60), cuts=CUTS)
 @example(chunks=[b"a"], surplus=b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nb", cuts=[])
 def test_surplus_changes_nothing_and_ends_the_connection(chunks: list[bytes], surplus: bytes, cuts: list[int]) -> None:
@@ -101,7 +101,7 @@ def test_surplus_changes_nothing_and_ends_the_connection(chunks: list[bytes], su
     assert b"".join(answer.parts) == b"".join(chunks)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(data=st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda rest: b"HTTP/1.1 200 OK\r\n" + rest)))
 def test_any_bytes_are_an_answer_or_refused(data: bytes) -> None:
     answer = Answer()
@@ -128,7 +128,7 @@ def test_the_limit_of_a_head_is_the_same_however_it_is_divided(size: int, pieces
     assert answer.complete != refused
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(framing=FRAMINGS, chunks=CHUNKS, cuts=CUTS)
 def test_over_sockets(framing: str, chunks: list[bytes], cuts: list[int]) -> None:
     asyncio.run(_over_sockets(framing, chunks, cuts))

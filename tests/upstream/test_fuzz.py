@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import h11
 import pytest
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from fluidmcp_proxy.errors import InvalidTarget, UpstreamInvalidResponse
@@ -55,7 +55,6 @@ def read_by_h11(data: bytes) -> tuple[int, bytes] | None:
         return None
 
 
-@settings(deadline=None)
 @given(framing=st.sampled_from(["length", "chunked"]), fields=FIELDS, chunks=CHUNKS, cuts=CUTS, edits=EDITS)
 def test_an_answer_that_was_tampered_with_is_refused_or_read_as_h11_reads_it(
     framing: str,
@@ -109,7 +108,6 @@ VALUES = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(headers=st.lists(st.tuples(NAMES, VALUES), max_size=12))
 def test_any_headers(headers: list[tuple[bytes, bytes]]) -> None:
     assume(all(name not in (b"content-length", b"transfer-encoding") for name, _ in headers))
@@ -142,7 +140,6 @@ def test_any_headers(headers: list[tuple[bytes, bytes]]) -> None:
     assert isinstance(server.next_event(), h11.EndOfMessage)
 
 
-@settings(deadline=None)
 @given(name=st.binary(max_size=12), value=st.binary(max_size=12), target=st.binary(max_size=12))
 def test_no_bytes_make_a_second_line(name: bytes, value: bytes, target: bytes) -> None:
     try:
