@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import socket
@@ -174,6 +175,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the way for the command line, too, once this gateway is known to be the only one."""
         await super().startup(sockets)
+        gc.freeze()  # what is there by now stays: not to be looked through again with every full collection
         if self._tasks is not None:
             self._tasks.start_soon(serve_control, self._gateway, self._url, self._reload)
             self._tasks.start_soon(heed_hangups, self._reload, self._hang_up)

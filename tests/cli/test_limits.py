@@ -307,5 +307,5 @@ def test_a_client_that_never_reads_holds_little() -> None:
 def test_what_is_overridden_is_there() -> None:
     """A uvicorn that renames a hook would otherwise lift a limit in silence."""
     names = [name for name in vars(GatewayProtocol) if callable(getattr(GatewayProtocol, name))]
-    ours = {"_waits_for_a_head", "_head_is_late", "_stop_clock", "_refuse"}
+    ours = {"_waits_for_a_head", "_too_late", "_refuse"}
     assert {name for name in names if not hasattr(HttpToolsProtocol, name)} == ours
