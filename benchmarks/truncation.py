@@ -21,7 +21,7 @@ from row import Row, Scale
 POINTS, TOKENS = 100, 20
 MESSAGES = [{"role": "user", "content": "one two three four five"}]
 WITH_SDK = ROOT / "benchmarks" / "read_cut_streams.py"
-OTHERS = ("nginx", "vllm-router", "caddy", "smg", "LiteLLM")
+OTHERS = ("nginx", "vllm-router", "caddy", "smg", "production-stack", "LiteLLM")
 
 
 def cut_streams(here: Machine, scale: Scale) -> list[Row]:

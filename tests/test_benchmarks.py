@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import page
+import peers
 import plot
 import pytest
 
@@ -138,3 +139,11 @@ def test_a_table_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch, tmp_
     assert page.PAGE.read_text().endswith("-->\nafter\n")
     with pytest.raises(ValueError, match="markers of others"):
         page.write("others", "")
+
+
+def test_a_peer_that_cannot_be_had_is_left_out_and_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peers, "PEERS", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    missing = {proxy.name: proxy.missing for proxy in peers.everyone(install=False)}
+    assert missing["production-stack router"] == missing["LiteLLM"] == missing["nginx"] == "not installed"
+    assert peers._production_stack(True, "a folder").missing == "needs Python 3.12"
