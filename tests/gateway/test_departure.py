@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
 
 import anyio
 import pytest
@@ -141,3 +143,77 @@ async def test_no_watch_is_left_behind() -> None:
         async with race_departure(watch):
             await watching.wait()
     assert asyncio.all_tasks() == before
+
+
+visitor: ContextVar[str] = ContextVar("visitor")
+
+
+async def test_each_is_watched_in_its_own_context() -> None:
+    """One timer serves all blocks, and must not ask one's server in the name of another."""
+    seen: list[str] = []
+
+    async def block(name: str) -> None:
+        visitor.set(name)
+
+        async def ask() -> None:
+            seen.append(visitor.get())
+
+        async with race_departure(ask):
+            await anyio.sleep_forever()
+
+    with anyio.fail_after(DEADLINE):
+        await asyncio.gather(*(block(name) for name in "abc"))
+    assert sorted(seen) == ["a", "b", "c"]
+
+
+async def test_many_blocks_need_one_timer_and_none_when_they_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    set_: list[asyncio.TimerHandle] = []
+    began = loop.time()
+    original = loop.call_later
+
+    def call_later(delay: float, callback: Any, *arguments: Any) -> asyncio.TimerHandle:
+        set_.append(original(delay, callback, *arguments))
+        return set_[-1]
+
+    monkeypatch.setattr(loop, "call_later", call_later)
+    with anyio.fail_after(DEADLINE):
+        for _ in range(100):
+            async with race_departure(stays):
+                await asyncio.sleep(0)
+        assert len(set_) == 1
+        async with race_departure(leaves):
+            await anyio.sleep_forever()
+        over = asyncio.Event()
+        original(5 * (set_[0].when() - began), over.set)  # some ticks later, if there are any
+        before = len(set_)
+        await over.wait()
+    assert len(set_) <= before + 1
+
+
+def test_one_event_loop_after_the_other() -> None:
+    async def block() -> None:
+        with anyio.fail_after(DEADLINE):
+            async with race_departure(leaves):
+                await anyio.sleep_forever()
+
+    for _ in range(2):
+        asyncio.run(block())
+
+
+def test_an_event_loop_that_rested_goes_on() -> None:
+    """Another one has run in its thread meanwhile."""
+
+    async def block() -> None:
+        async with race_departure(leaves):
+            await anyio.sleep_forever()
+
+    async def all_of(*tasks: asyncio.Task[None]) -> None:
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.gather(*tasks, block())
+
+    with asyncio.Runner() as one, asyncio.Runner() as other:
+        task = one.get_loop().create_task(block())
+        one.run(asyncio.sleep(0))
+        other.run(all_of())
+        one.run(all_of(task))
