@@ -6,7 +6,6 @@ import re
 from collections.abc import MutableMapping, Sequence
 from enum import Enum
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 from fluidmcp_proxy.config.settings import Settings
@@ -127,7 +126,7 @@ def check_size(headers: Headers) -> None:
     Raises:
         HeadersTooLarge: more than that.
     """
-    if len(headers) > MAX_HEADERS or sum(map(len, chain.from_iterable(headers))) > MAX_HEADER_BYTES:
+    if len(headers) > MAX_HEADERS or sum([len(name) + len(value) for name, value in headers]) > MAX_HEADER_BYTES:
         raise HeadersTooLarge(f"At most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes in all are accepted.")
 
 

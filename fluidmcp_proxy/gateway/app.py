@@ -279,7 +279,6 @@ class Gateway:
         introduce = partial(self._introduce, request, body)
         model, request.headers = await choose_model(catalog, body, request.headers, target.query, introduce)
         route = request.visitor.router.named(model, request.scope["method"], target)
-        assert isinstance(route, Forward)
         await self._forward(route, request, body)
 
     async def _introduce(self, request: Request, body: RequestBody, model: str) -> None:

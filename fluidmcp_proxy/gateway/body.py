@@ -143,13 +143,21 @@ def _framing(headers: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, bool]:
         InvalidTarget: both, or two lengths, or one that is no number: two readers would see two bodies. Or an Upgrade
             beside it: httptools takes the body for the other protocol's, and uvicorn loses it.
     """
-    lengths = [value for name, value in headers if name == b"content-length"]
-    encodings = [value for name, value in headers if name == b"transfer-encoding"]
+    lengths: list[bytes] = []
+    encodings: list[bytes] = []
+    upgrades = False
+    for name, value in headers:
+        if name == b"content-length":
+            lengths.append(value)
+        elif name == b"transfer-encoding":
+            encodings.append(value)
+        elif name == b"upgrade":
+            upgrades = True
     if len(lengths) > 1 or (lengths and encodings) or (lengths and not _LENGTH(lengths[0])):
         raise InvalidTarget("The request's length is ambiguous: one Content-Length or one Transfer-Encoding, not both.")
     if encodings and [value.strip().lower() for value in encodings] != [b"chunked"]:
         raise InvalidTarget("The only Transfer-Encoding that is understood is chunked.")
-    if (encodings or (lengths and lengths[0].strip(b"0"))) and any(name == b"upgrade" for name, _ in headers):
+    if upgrades and (encodings or (lengths and lengths[0].strip(b"0"))):
         raise InvalidTarget(
             "A request with a body cannot ask for an Upgrade; use plain HTTP/1.1 (Java: HttpClient.Version.HTTP_1_1).",
             headers=[(b"connection", b"close")],

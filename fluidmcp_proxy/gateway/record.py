@@ -53,4 +53,4 @@ def log_request(record: RequestRecord) -> None:
 
 
 def _shown(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.3f}"
+    return "-" if seconds is None else f"{seconds:.3f}" if seconds else "0.000"

@@ -209,7 +209,9 @@ class Router:
         self._models = MappingProxyType(dict(models))
         self._is_administered = is_administered
         self._roots = {name: _root(model) for name, model in models.items()}
-        self._find = lru_cache(maxsize=256)(self._find_uncached)  # clients ask for the same few things
+        # Clients ask for the same few things.
+        self._find = lru_cache(maxsize=256)(self._find_uncached)
+        self._find_named = lru_cache(maxsize=256)(self._find_named_uncached)
 
     @property
     def names(self) -> Collection[str]:
@@ -230,17 +232,19 @@ class Router:
             McpEndpointRemoved: the JSON-RPC route of the deprecated wrapper.
         """
         route = self._find(method, target.raw, target.path)
-        if target.query and isinstance(route, Forward):
-            return Forward(route.model, b"%b?%b" % (route.target, target.query), route.label)
-        return route
+        return _with_query(route, target.query) if target.query and isinstance(route, Forward) else route
 
-    def named(self, model: str, method: str, target: Target) -> Route:
+    def named(self, model: str, method: str, target: Target) -> Forward:
         """What ``method`` on a ``target`` below ``/v1/`` asks for, now that its model is known: what it would with the
         model's id before it. Raises as ``route`` does.
         """
-        return self.route(
-            method, Target(b"/%b%b" % (model.encode(), target.raw), f"/{model}{target.path}", target.query)
-        )
+        route = self._find_named(model, method, target.raw, target.path)
+        return _with_query(route, target.query) if target.query else route
+
+    def _find_named_uncached(self, model: str, method: str, raw: bytes, path: str) -> Forward:
+        route = self._find_uncached(method, b"/%b%b" % (model.encode(), raw), f"/{model}{path}")
+        assert isinstance(route, Forward)
+        return route
 
     def _find_uncached(self, method: str, raw: bytes, path: str) -> Route:
         first, _, rest = path[1:].partition("/")
@@ -313,6 +317,10 @@ class Router:
 
     def _there_are(self) -> str:
         return f"The models are: {', '.join(self._models)}."
+
+
+def _with_query(route: Forward, query: bytes) -> Forward:
+    return Forward(route.model, b"%b?%b" % (route.target, query), route.label)
 
 
 def _root(model: ModelConfig) -> bytes:

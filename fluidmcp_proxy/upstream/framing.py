@@ -17,6 +17,7 @@ __all__ = ["Framing", "encode_head", "frame"]
 
 _TARGET = re.compile(rb"[!-~]+").fullmatch  # RFC 9112 §3.2
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch  # token, RFC 9110 §5.6.2
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 # Methods whose requests state a length even when there is no content (RFC 9110 §8.6).
 _STATES_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
 
@@ -69,11 +70,13 @@ def _frame_whole(method: bytes, headers: Headers, body: bytes, length: int | Non
 def _stated_length(headers: Headers) -> int | None:
     length: int | None = None
     for name, value in headers:
+        if name not in _FRAMING:
+            continue
         if name == b"content-length":
             if length is not None or not value.isdigit():
                 raise InvalidTarget("The request's Content-Length is doubled or not a number.")
             length = int(value)
-        elif name == b"transfer-encoding":
+        else:
             raise InvalidTarget("The transport frames the body itself; Transfer-Encoding is not forwarded.")
     return length
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
 __all__ = ["pick_request_id", "request_headers", "response_headers"]
@@ -67,7 +67,9 @@ def request_headers(
     such as ``b"Bearer …"``, replaces the client's. ``http_version`` is the client's, for ``Via`` (RFC 9110 §7.6.3).
     """
     pairs = headers if isinstance(headers, list) else list(headers)
-    gone = frozenset().union(_nominated(pairs), drop, _AUTHORIZATION if authorization is not None else ())
+    gone = _nominated(pairs)
+    if drop or authorization is not None:
+        gone = gone.union(drop, () if authorization is None else _AUTHORIZATION)
     kept = [(b"host", host)]
     asked_host: bytes | None = None
     for pair in pairs:
@@ -78,12 +80,9 @@ def request_headers(
             kept.append(pair)
     if authorization is not None:
         kept.append((b"authorization", authorization))
-    if client is not None:
-        kept.append((b"x-forwarded-for", _encoded(client)))
-    kept.append((b"x-forwarded-proto", _encoded(scheme)))
+    kept += _forwarded(client, scheme, http_version)
     if asked_host is not None:
         kept.append((b"x-forwarded-host", asked_host))
-    kept.append((b"via", b"%b %b" % (_encoded(http_version), _PSEUDONYM)))
     kept.append((b"x-request-id", request_id))
     return kept
 
@@ -101,17 +100,21 @@ def response_headers(headers: Pairs, *, request_id: bytes) -> list[tuple[bytes, 
     return kept
 
 
-@lru_cache(maxsize=1024)
-def _encoded(text: str) -> bytes:
-    return text.encode("ascii", "replace")
+@lru_cache(maxsize=1024)  # a client says the same with each request
+def _forwarded(client: str | None, scheme: str, http_version: str) -> Sequence[tuple[bytes, bytes]]:
+    """What the gateway says of where a request comes from."""
+    said = [] if client is None else [(b"x-forwarded-for", client.encode("ascii", "replace"))]
+    said.append((b"x-forwarded-proto", scheme.encode("ascii", "replace")))
+    said.append((b"via", b"%b %b" % (http_version.encode("ascii", "replace"), _PSEUDONYM)))
+    return tuple(said)
 
 
-def _nominated(pairs: Pairs) -> Set[bytes]:
+def _nominated(pairs: Pairs) -> frozenset[bytes]:
     """The names that ``Connection`` lists: meant for this hop only."""
     values = [value for name, value in pairs if name == b"connection"]
     if not values:
         return _NOTHING
-    return {token.strip(b" \t").lower() for value in values for token in value.split(b",")}
+    return frozenset(token.strip(b" \t").lower() for value in values for token in value.split(b","))
 
 
 @lru_cache(maxsize=1024)
