@@ -23,7 +23,7 @@ from tests.process.marks import STUB_COMMAND, Mark, content, guardians
 
 pytestmark = pytest.mark.anyio
 
-READY_WITHIN = 10
+READY_WITHIN = 30
 
 
 @asynccontextmanager
@@ -32,7 +32,7 @@ async def running(
 ) -> AsyncIterator[ProcessGroup]:
     output = output or Output(None)
     group = open_process_group(argv, env=mark.environment(), stop_timeout=stop_timeout, output=output, owner=owner)
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with group as process:
             yield process
 
@@ -190,7 +190,7 @@ def test_the_path_of_the_environment_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "count"),
+    ("options", "count"),  # of the three in a storm, one: the others may be dying and not born yet
     [
         (["--children", "2"], 3),
         (["--children", "2", "--ignore-sigterm"], 3),
@@ -199,8 +199,8 @@ def test_the_path_of_the_environment_counts(tmp_path: Path) -> None:
         (["--double-fork"], 2),
         (["--double-fork", "--ignore-sigterm"], 2),
         (["--stopped-child"], 2),
-        (["--fork-storm"], 3),
-        (["--children", "2", "--grandchild", "--double-fork", "--stopped-child", "--fork-storm"], 8),
+        (["--fork-storm"], 2),
+        (["--children", "2", "--grandchild", "--double-fork", "--stopped-child", "--fork-storm"], 7),
     ],
 )
 @pytest.mark.parametrize("leader", ["stopped", "killed"])
