@@ -39,7 +39,9 @@ def told() -> dict[str, set[str]]:
             eventually(lambda: client.get("/ready").status_code == 200, "ready")
             body = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
             assert client.post("/m/v1/chat/completions", json=body).status_code == 200
-            families = list(text_string_to_metric_families(client.get("/metrics").text))
+            # A server that does not tell at once is left out, and any may be late on a busy machine.
+            text = eventually(lambda: "vllm:" in (found := client.get("/metrics").text) and found, "the server tells")
+            families = list(text_string_to_metric_families(text))
     names: dict[str, set[str]] = {family.name: set() for family in families}  # one without a sample yet
     for family in families:
         for sample in family.samples:

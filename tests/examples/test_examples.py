@@ -87,7 +87,7 @@ def test_configurations_load_without_a_warning(path: Path, monkeypatch: pytest.M
 def test_the_documentations_configuration_and_requests(environment: dict[str, str], tmp_path: Path) -> None:
     with run(environment, on_free_ports("vllm-config.json", tmp_path)) as port:
         body = {"model": "facebook/opt-125m", "messages": [{"role": "user", "content": "Hello!"}]}
-        answer = httpx.post(f"http://127.0.0.1:{port}/vllm/v1/chat/completions", json=body)
+        answer = httpx.post(f"http://127.0.0.1:{port}/vllm/v1/chat/completions", json=body, timeout=DEADLINE)
         assert "Hello!" in answer.json()["choices"][0]["message"]["content"]
 
 
@@ -103,14 +103,14 @@ def test_the_openai_sdk(environment: dict[str, str], tmp_path: Path) -> None:
 def test_the_model_for_the_cpu(environment: dict[str, str], tmp_path: Path) -> None:
     with run(environment, on_free_ports("cpu-model.json", tmp_path)) as port:
         body = {"model": "smol", "prompt": "Once upon a time"}
-        answer = httpx.post(f"http://127.0.0.1:{port}/smol/v1/completions", json=body)
+        answer = httpx.post(f"http://127.0.0.1:{port}/smol/v1/completions", json=body, timeout=DEADLINE)
         assert "Once upon a time" in answer.json()["choices"][0]["text"]
 
 
 def test_two_models(environment: dict[str, str], tmp_path: Path) -> None:
     with run(environment, on_free_ports("two-models.json", tmp_path)) as port:
         for model, name in (("chat", "Qwen/Qwen2.5-1.5B-Instruct"), ("embed", "BAAI/bge-small-en-v1.5")):
-            listed = httpx.get(f"http://127.0.0.1:{port}/{model}/v1/models").json()
+            listed = httpx.get(f"http://127.0.0.1:{port}/{model}/v1/models", timeout=DEADLINE).json()
             assert listed["data"][0]["id"] == name
 
 
@@ -121,7 +121,7 @@ def test_servers_run_by_somebody_else(environment: dict[str, str], tmp_path: Pat
         config.write_text(re.sub(r"localhost:\d+", f"localhost:{upstream}", text))
         with run(environment, config) as port:
             for model in load_config(config).models:
-                assert httpx.get(f"http://127.0.0.1:{port}/{model}/v1/models").status_code == 200
+                assert httpx.get(f"http://127.0.0.1:{port}/{model}/v1/models", timeout=DEADLINE).status_code == 200
 
 
 def test_engines(environment: dict[str, str], tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_fastapi_app(environment: dict[str, str], tmp_path: Path) -> None:
     port = free_port()
     with process(environment, "-m", "uvicorn", "fastapi_app:app", "--port", str(port)):
         eventually(lambda: answers(port, "/llm/ready"), "the model is ready")
-        answer = httpx.post(f"http://127.0.0.1:{port}/summary", json={"text": "A long story."})
+        answer = httpx.post(f"http://127.0.0.1:{port}/summary", json={"text": "A long story."}, timeout=DEADLINE)
         assert "A long story." in answer.json()["summary"]
 
 
@@ -161,7 +161,7 @@ def test_middleware(environment: dict[str, str], tmp_path: Path) -> None:
     port = free_port()
     with process(environment, "-m", "uvicorn", "starlette_middleware:app", "--port", str(port)):
         eventually(lambda: answers(port, "/vllm/v1/models"), "the model is ready")
-        assert httpx.get(f"http://127.0.0.1:{port}/").text.startswith("The models are at")
+        assert httpx.get(f"http://127.0.0.1:{port}/", timeout=DEADLINE).text.startswith("The models are at")
 
 
 def test_the_hosts_test(environment: dict[str, str]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
+import anyio
 import httpx
 import pytest
 
 from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.config.load import parse_config
+from fluidmcp_proxy.errors import RequestTimeout
+from fluidmcp_proxy.gateway.body import RequestBody
+from tests.models.virtual_time import BACKEND
 from tests.serving import DEADLINE, eventually, serving
 
 PATIENCE = 0.3
@@ -27,7 +30,7 @@ def port(upstream: int, server: str) -> Iterator[int]:
 
 
 def in_flight(port: int) -> int:
-    count: int = httpx.get(f"http://127.0.0.1:{port}/models/m", trust_env=False).json()["in_flight"]
+    count: int = httpx.get(f"http://127.0.0.1:{port}/models/m", trust_env=False, timeout=DEADLINE).json()["in_flight"]
     return count
 
 
@@ -56,18 +59,34 @@ def test_silence(port: int, framing: str, size: int, target: str) -> None:
     eventually(lambda: in_flight(port) == 0, "its place is free")
 
 
-def test_a_slow_body_that_keeps_coming_is_no_silence(port: int) -> None:
-    """Whole in more time than the limit, never silent for half as long."""
-    body = json.dumps({"model": "m", "messages": []}).encode()
-    began = time.monotonic()
-    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as connection:
-        head = f"POST /m/v1/echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode())
-        for byte in body:
-            connection.sendall(bytes([byte]))
-            time.sleep(1.5 * PATIENCE / len(body))
-        received = b""
-        while data := connection.recv(65536):
-            received += data
-    assert time.monotonic() - began > PATIENCE
-    assert received.startswith(b"HTTP/1.1 200 ")
+class Slow:
+    """A client that sends a piece now and then, and never the last one if it ``stops`` before."""
+
+    def __init__(self, pieces: int, pause: float, *, stops: bool = False) -> None:
+        self.left, self.pause, self.stops = pieces, pause, stops
+
+    async def receive(self) -> dict[str, Any]:
+        self.left -= 1
+        await anyio.sleep(600 if self.stops and not self.left else self.pause)
+        return {"type": "http.request", "body": b"x" * 30_000, "more_body": self.left > 0}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", [BACKEND])
+@pytest.mark.parametrize("pieces", [2, 10], ids=["collected", "streamed"])
+async def test_a_slow_body_that_keeps_coming_is_no_silence(pieces: int) -> None:
+    """Whole in more time than the limit, never silent for as long."""
+    chunked = [(b"transfer-encoding", b"chunked")]
+    began = anyio.current_time()
+    body = RequestBody(Slow(pieces, 50).receive, chunked, 1_000_000, 60)
+    assert len(await all_of(await body.start())) == pieces * 30_000
+    assert anyio.current_time() - began == pytest.approx(pieces * 50)
+    body = RequestBody(Slow(pieces, 50, stops=True).receive, chunked, 1_000_000, 60)
+    with pytest.raises(RequestTimeout):
+        await all_of(await body.start())
+    assert anyio.current_time() - began == pytest.approx((2 * pieces - 1) * 50 + 60)
+
+
+async def all_of(content: bytes | AsyncIterator[bytes] | None) -> bytes:
+    assert content is not None
+    return content if isinstance(content, bytes) else b"".join([piece async for piece in content])

@@ -16,7 +16,7 @@ from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.errors import HostNotAllowed, OriginNotAllowed
 from fluidmcp_proxy.gateway.access import ServedBy, Sources, sources_of
 from tests.gateway.test_websocket import dial, refused
-from tests.serving import raw_exchange, serving
+from tests.serving import DEADLINE, raw_exchange, serving
 
 KEY = "kanarie-0123456789abcdef"
 SITE = "https://chat.example.com"
@@ -180,7 +180,7 @@ def test_websockets(upstream: int) -> None:
     """Which no browser asks about first: the Origin is all that tells a page of another site."""
     with serving(configured(upstream, ServedBy.COMMAND_LINE)) as port:
         for headers, status in (({"Origin": SITE}, 403), ({"Host": "evil.example"}, 421)):
-            answer = httpx.get(f"http://127.0.0.1:{port}/m/v1/echo", headers=headers, trust_env=False)
+            answer = httpx.get(f"http://127.0.0.1:{port}/m/v1/echo", headers=headers, trust_env=False, timeout=DEADLINE)
             assert answer.status_code == status
         assert refused(port, "/m/v1/realtime", {"Origin": SITE})[0] == 403
         with dial(port, "/m/v1/realtime", {"Origin": f"http://127.0.0.1:{port}"}) as client:

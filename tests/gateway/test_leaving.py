@@ -12,11 +12,24 @@ import httpx
 import pytest
 
 from tests.gateway.conftest import remote
-from tests.serving import DEADLINE, eventually, serving
+from tests.serving import DEADLINE, eventually, serving, stub
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[int]:
+    """A server that nobody else leaves."""
+    with stub() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def gateway(upstream: int, server: str) -> Iterator[int]:
+    with serving(remote(upstream), server) as port:
+        yield port
 
 
 def stats(port: int) -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.get(f"http://127.0.0.1:{port}/stub/stats", trust_env=False).json()
+    answer: dict[str, Any] = httpx.get(f"http://127.0.0.1:{port}/stub/stats", trust_env=False, timeout=DEADLINE).json()
     return answer
 
 
@@ -64,11 +77,11 @@ def test_during_an_upload(gateway: int, upstream: int) -> None:
         connection.sendall(head + b"x" * 200_000)
         eventually(lambda: in_flight(gateway) == 1, "the upload is inside")
     eventually(lambda: in_flight(gateway) == 0, "the upload is gone")
-    assert httpx.get(f"http://127.0.0.1:{gateway}/m/v1/models").status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{gateway}/m/v1/models", timeout=DEADLINE).status_code == 200
 
 
 def in_flight(port: int) -> int:
-    count: int = httpx.get(f"http://127.0.0.1:{port}/models/m").json()["in_flight"]
+    count: int = httpx.get(f"http://127.0.0.1:{port}/models/m", timeout=DEADLINE).json()["in_flight"]
     return count
 
 
@@ -89,7 +102,7 @@ def test_a_slow_reader_slows_the_relay(upstream: int, server: str) -> None:
 
         def has_stopped() -> bool:
             samples.append(scheduler.progress("m"))
-            return len(samples) > 20 and len(set(samples[-20:])) == 1
+            return samples[-1] > 0 and len(samples) > 20 and len(set(samples[-20:])) == 1
 
         eventually(has_stopped, "no more is taken")
         assert 0 < samples[-1] < size / 4

@@ -59,21 +59,30 @@ def url(port: int, path: str) -> str:
     return f"http://127.0.0.1:{port}{path}"
 
 
-def test_a_request_waits_until_the_model_is_ready(launched: Any) -> None:
-    with serving(launched("--load-time", "0.5")) as port:
-        assert httpx.get(url(port, "/health")).status_code == 200
-        assert httpx.get(url(port, "/ready")).status_code == 503
-        answer = httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE)
-        assert answer.status_code == 200
-        assert httpx.get(url(port, "/ready")).json() == {"ready": True, "models": {"m": "ready"}}
-        status = httpx.get(url(port, "/models/m")).json()
+def test_a_request_waits_until_the_model_is_ready(launched: Any, tmp_path: Path) -> None:
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE))
+
+    with serving(launched("--load-until", str(tmp_path / "loaded"))) as port:
+        assert httpx.get(url(port, "/health"), timeout=DEADLINE).status_code == 200
+        assert httpx.get(url(port, "/ready"), timeout=DEADLINE).status_code == 503
+        asking = threading.Thread(target=ask)
+        asking.start()
+        eventually(lambda: httpx.get(url(port, "/models/m"), timeout=DEADLINE).json()["queued"] == 1, "it waits")
+        (tmp_path / "loaded").touch()
+        asking.join(DEADLINE)
+        assert answers[0].status_code == 200
+        assert httpx.get(url(port, "/ready"), timeout=DEADLINE).json() == {"ready": True, "models": {"m": "ready"}}
+        status = httpx.get(url(port, "/models/m"), timeout=DEADLINE).json()
         assert status["pid"] > 0
         assert status["spawns"] == 1
 
 
 @pytest.mark.parametrize("prefer", ["wait=0", "respond-async, wait=0", 'foo; bar, Wait="0"'])
 def test_prefer_wait_0(loading: int, prefer: str) -> None:
-    answer = httpx.get(url(loading, "/m/v1/models"), headers={"prefer": prefer})
+    answer = httpx.get(url(loading, "/m/v1/models"), headers={"prefer": prefer}, timeout=DEADLINE)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_starting")
     assert 1 <= int(answer.headers["retry-after"]) <= 120
     assert "x-should-retry" not in answer.headers
@@ -88,8 +97,8 @@ def test_a_client_that_leaves_while_it_waits(launched: Any) -> None:
     with serving(launched("--listen-early", "--never-ready")) as port:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"GET /m/v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
-            eventually(lambda: httpx.get(url(port, "/models/m")).json()["queued"] == 1, "it waits")
-        eventually(lambda: httpx.get(url(port, "/models/m")).json()["queued"] == 0, "it has left")
+            eventually(lambda: httpx.get(url(port, "/models/m"), timeout=DEADLINE).json()["queued"] == 1, "it waits")
+        eventually(lambda: httpx.get(url(port, "/models/m"), timeout=DEADLINE).json()["queued"] == 0, "it has left")
 
 
 def test_a_model_that_does_not_start_says_why(launched: Any) -> None:
@@ -108,7 +117,7 @@ def test_a_command_that_does_not_exist(launched: Any) -> None:
         answer = httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE)
         assert answer.json()["error"]["code"] == "model_failed"
         assert "'/nowhere/vllm' does not exist" in answer.json()["error"]["message"]
-        assert httpx.get(url(port, "/models/m")).json()["reason"] == "command_invalid"
+        assert httpx.get(url(port, "/models/m"), timeout=DEADLINE).json()["reason"] == "command_invalid"
 
 
 def test_a_crash_under_load_is_visible_and_the_next_request_waits_for_the_restart(launched: Any) -> None:
@@ -125,12 +134,15 @@ def test_a_crash_under_load_is_visible_and_the_next_request_waits_for_the_restar
                 seen.extend(filter(None, lines))
             assert json.loads(seen[-1].removeprefix("data: "))["error"]["code"] == "upstream_disconnected"
         killer.join(DEADLINE)
-        statuses: list[int] = []
-        while not statuses or statuses[-1] != 200:
-            statuses.append(client.get(url(port, "/m/v1/models")).status_code)
-            assert len(statuses) < 100
+        statuses: set[int] = set()
+
+        def is_answered() -> bool:
+            statuses.add(client.get(url(port, "/m/v1/models")).status_code)
+            return 200 in statuses
+
+        eventually(is_answered, "it is back")
         # A request that reached the dying server may have been read by it, so it is not sent again.
-        assert set(statuses) <= {200, 502, 503}
+        assert statuses <= {200, 502, 503}
         assert client.get(url(port, "/models/m")).json()["spawns"] == 2
 
 
@@ -142,14 +154,16 @@ def send_and_forget(target: str, body: dict[str, Any]) -> None:
 def test_a_server_that_hangs_is_restarted(launched: Any) -> None:
     """Healthy, but it generates nothing."""
     body = {"model": "m", "messages": [], "stream": True, "max_tokens": 10, "stub": {"hang-after": 2}}
-    with serving(launched(liveness=True, stall_timeout=0.3)) as port:
+    with serving(launched(liveness=True, stall_timeout=1)) as port:
         with (
             httpx.stream("POST", url(port, "/m/v1/chat/completions"), json=body, timeout=DEADLINE) as answer,
-            pytest.raises(httpx.TransportError),
+            # On a machine that is busy for a second its answer may not have begun.
+            pytest.raises(httpx.TransportError) if answer.status_code == 200 else contextlib.nullcontext(),
         ):
             answer.read()
-        eventually(lambda: httpx.get(url(port, "/models/m")).json()["spawns"] == 2, "restarted")
-        assert httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE).status_code == 200
+        eventually(lambda: httpx.get(url(port, "/models/m"), timeout=DEADLINE).json()["spawns"] > 1, "restarted")
+        # There, the next one may look stalled, too.
+        eventually(lambda: httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE).status_code == 200, "it is back")
 
 
 def test_a_stream_that_outlasts_the_drain_is_cut_visibly(launched: Any) -> None:
@@ -173,11 +187,11 @@ def test_a_stream_that_outlasts_the_drain_is_cut_visibly(launched: Any) -> None:
         reader = threading.Thread(target=read, args=(port,))
         reader.start()
         assert begun.wait(DEADLINE)
-        httpx.get(url(port, "/the-end"))
+        httpx.get(url(port, "/the-end"), timeout=DEADLINE)
         reader.join(DEADLINE)
         late = httpx.get(url(port, "/m/v1/models"), timeout=DEADLINE)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
-        assert httpx.get(url(port, "/ready")).status_code == 503
+        assert httpx.get(url(port, "/ready"), timeout=DEADLINE).status_code == 503
     assert json.loads(seen[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert seen[-1] == "aborted"
 
@@ -191,6 +205,6 @@ def test_a_stream_that_ends_in_the_drain_is_whole(launched: Any) -> None:
     ):
         chunks = answer.iter_raw()
         received = next(chunks)
-        httpx.get(url(port, "/the-end"))
+        httpx.get(url(port, "/the-end"), timeout=DEADLINE)
         received += b"".join(chunks)
     assert received.endswith(b"data: [DONE]\n\n")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -33,9 +34,21 @@ def ask(client: httpx.Client, port: int, body: Any = CHAT, headers: Any = WISH) 
         return answer, [line for line in answer.iter_lines() if line]
 
 
-def test_a_stream_begins_with_comments_while_the_model_loads(launched: Any) -> None:
-    with serving(launched("--load-time", "1", "--progress", "30")) as port, httpx.Client(timeout=DEADLINE) as client:
-        answer, lines = ask(client, port)
+def until_told(loaded: Path, lines: Iterator[str], word: str = "") -> list[str]:
+    """The lines that are not empty; the model goes on loading until one of them tells of it with this ``word``."""
+    seen: list[str] = []
+    for line in filter(None, lines):
+        seen.append(line)
+        if line.startswith(":") and word in line:
+            loaded.touch()
+    return seen
+
+
+def test_a_stream_begins_with_comments_while_the_model_loads(launched: Any, tmp_path: Path) -> None:
+    gateway = launched("--load-time", "0.3", "--progress", "30", "--load-until", str(tmp_path / "loaded"))
+    with serving(gateway) as port, httpx.Client(timeout=DEADLINE) as client:
+        with client.stream("POST", url(port, "/m/v1/chat/completions"), json=CHAT, headers=WISH) as answer:
+            lines = until_told(tmp_path / "loaded", answer.iter_lines(), "loading weights")
         comments = [line for line in lines if line.startswith(":")]
         assert (answer.status_code, answer.headers["preference-applied"]) == (200, "progress")
         assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -63,7 +76,8 @@ def test_nobody_else_gets_comments(launched: Any, body: Any, headers: Any) -> No
 
 
 def test_a_model_that_does_not_start_is_told_in_the_stream_which_breaks_off(launched: Any) -> None:
-    gateway = launched("--listen-early", "--never-ready", startup_timeout=1, max_restarts=0)
+    # It begins to start with the request, which is told of it long before the time is over.
+    gateway = launched("--never-ready", startup_timeout=2, max_restarts=0, start="on_demand")
     lines: list[str] = []
     with (
         serving(gateway) as port,
@@ -77,9 +91,15 @@ def test_a_model_that_does_not_start_is_told_in_the_stream_which_breaks_off(laun
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "model_failed"
 
 
-def test_a_refusal_of_the_server_is_an_event(launched: Any) -> None:
-    with serving(launched("--load-time", "1")) as port, httpx.Client(timeout=DEADLINE) as client:
-        _, lines = ask(client, port, {**CHAT, "stub": {"status": 400}})
+def test_a_refusal_of_the_server_is_an_event(launched: Any, tmp_path: Path) -> None:
+    body = {**CHAT, "stub": {"status": 400}}
+    gateway = launched("--load-until", str(tmp_path / "loaded"))
+    with (
+        serving(gateway) as port,
+        httpx.Client(timeout=DEADLINE) as client,
+        client.stream("POST", url(port, "/m/v1/chat/completions"), json=body, headers=WISH) as answer,
+    ):
+        lines = until_told(tmp_path / "loaded", answer.iter_lines())
     assert lines[0].startswith(":")
     assert "error" in json.loads(lines[-2].removeprefix("data: "))
     assert lines[-1] == "data: [DONE]"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 from collections.abc import Iterator, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -14,10 +16,10 @@ import pytest
 
 from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.config.load import parse_config
-from fluidmcp_proxy.gateway.record import RequestRecord
+from fluidmcp_proxy.gateway.record import RequestRecord, log_request
 from fluidmcp_proxy.gateway.relay import AnswerTruncated
 from tests.gateway.conftest import remote
-from tests.gateway.records import Records, recording
+from tests.gateway.records import Records
 from tests.serving import DEADLINE, eventually, free_port, raw_exchange, serving
 
 CHAT = "/m/v1/chat/completions"
@@ -25,15 +27,15 @@ SECRET = "canary-4711"
 
 
 @pytest.fixture(scope="module")
-def port(upstream: int) -> Iterator[int]:
-    with serving(remote(upstream, max_concurrency=1)) as port:
+def records() -> Records:
+    """Each test takes all that it makes."""
+    return Records()
+
+
+@pytest.fixture(scope="module")
+def port(upstream: int, records: Records) -> Iterator[int]:
+    with serving(remote(upstream, max_concurrency=1, report=records)) as port:
         yield port
-
-
-@pytest.fixture
-def records() -> Iterator[Records]:
-    with recording() as records:
-        yield records
 
 
 def chat(**keys: Any) -> bytes:
@@ -41,16 +43,29 @@ def chat(**keys: Any) -> bytes:
 
 
 def post(port: int, path: str = CHAT, **keys: Any) -> httpx.Response:
-    return httpx.post(f"http://127.0.0.1:{port}{path}", content=chat(**keys), headers={"x-request-id": "r-1"})
+    return httpx.post(
+        f"http://127.0.0.1:{port}{path}", content=chat(**keys), headers={"x-request-id": "r-1"}, timeout=DEADLINE
+    )
 
 
 @pytest.mark.parametrize("path", [CHAT, f"{CHAT}?token={SECRET}", "/v1/chat/completions"])
-def test_complete(port: int, records: Records, path: str) -> None:
-    answer = post(port, path, stream=True, max_tokens=5, stub={"token-interval": 0.01})
+def test_complete(port: int, records: Records, tmp_path: Path, path: str) -> None:
+    with (
+        httpx.Client(timeout=DEADLINE, headers={"x-request-id": "r-1"}) as client,
+        client.stream(
+            "POST",
+            f"http://127.0.0.1:{port}{path}",
+            content=chat(stream=True, max_tokens=5, stub={"hang-after": 2, "hang-until": str(tmp_path / "go")}),
+        ) as answer,
+    ):
+        chunks = answer.iter_raw()
+        received = next(chunks)
+        (tmp_path / "go").touch()  # so that not all of it comes at once
+        received += b"".join(chunks)
     record = records.next()
-    assert record[:6] == ("r-1", "POST", "/v1/chat/completions", "m", 200, len(answer.content))
+    assert record[:6] == ("r-1", "POST", "/v1/chat/completions", "m", 200, len(received))
     assert record.outcome == "complete"
-    assert 1 < record.chunks <= answer.text.count("data:")
+    assert 1 < record.chunks <= received.count(b"data:")
     assert record.ttfb is not None
     assert record.queue is not None
     assert 0 <= record.queue < record.ttfb < record.seconds
@@ -58,7 +73,7 @@ def test_complete(port: int, records: Records, path: str) -> None:
 
 
 def test_without_a_body(port: int, records: Records) -> None:
-    assert httpx.head(f"http://127.0.0.1:{port}/m/v1/bytes/7").status_code == 200
+    assert httpx.head(f"http://127.0.0.1:{port}/m/v1/bytes/7", timeout=DEADLINE).status_code == 200
     record = records.next()
     assert (record.bytes, record.chunks, record.ttfb, record.outcome) == (0, 0, None, "complete")
 
@@ -74,7 +89,7 @@ def test_without_a_body(port: int, records: Records) -> None:
 def test_refused(
     port: int, records: Records, method: str, path: str, content: bytes, expected: tuple[str, str, int, str]
 ) -> None:
-    httpx.request(method, f"http://127.0.0.1:{port}{path}", content=content)
+    httpx.request(method, f"http://127.0.0.1:{port}{path}", content=content, timeout=DEADLINE)
     record = records.next()
     assert (record.route, record.model, record.status, record.code) == expected
     assert (record.outcome, record.ttfb, record.queue) == ("refused", None, None)
@@ -91,7 +106,7 @@ def test_the_time_in_the_queue(port: int, records: Records) -> None:
     """The only place is taken until its client leaves; a second client's patience ends first."""
     with leaving(port, stub={"hang": True}) as connection:
         state = f"http://127.0.0.1:{port}/models/m"
-        eventually(lambda: httpx.get(state).json()["in_flight"] == 1, "the place is taken")
+        eventually(lambda: httpx.get(state, timeout=DEADLINE).json()["in_flight"] == 1, "the place is taken")
         wait = {"prefer": "wait=1"}
         refused = httpx.post(f"http://127.0.0.1:{port}{CHAT}", content=chat(), headers=wait, timeout=DEADLINE)
         record = records.next()
@@ -134,7 +149,7 @@ def test_a_client_that_leaves_inside_its_body(port: int, records: Records) -> No
 
 
 def test_a_server_that_dies_before_the_first_byte(port: int, records: Records) -> None:
-    httpx.post(f"http://127.0.0.1:{port}/m/v1/raw", content=b"")
+    httpx.post(f"http://127.0.0.1:{port}/m/v1/raw", content=b"", timeout=DEADLINE)
     record = records.next()
     assert (record.status, record.outcome, record.code) == (502, "upstream_died", "upstream_disconnected")
 
@@ -148,8 +163,9 @@ def test_a_server_that_dies_inside_a_stream(port: int, records: Records) -> None
     assert 0 < record.bytes <= 700
 
 
-def test_a_server_that_is_not_there(records: Records) -> None:
-    with serving(remote(free_port())) as port:
+def test_a_server_that_is_not_there() -> None:
+    records = Records()
+    with serving(remote(free_port(), report=records)) as port:
         post(port)
     record = records.next()
     assert (record.status, record.outcome, record.code) == (503, "upstream_died", "upstream_unavailable")
@@ -157,9 +173,10 @@ def test_a_server_that_is_not_there(records: Records) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("how", ["gateway ends", "server cancels"])
-async def test_a_stream_that_is_cut(upstream: int, records: Records, how: str) -> None:
-    models = {"m": {"endpoints": {"base_url": f"http://127.0.0.1:{upstream}/v1"}}}
-    gateway = Gateway(parse_config({"llmModels": models, "gateway": {"drain_timeout": 0}}, environ={}))
+async def test_a_stream_that_is_cut(upstream: int, how: str) -> None:
+    models, records = {"m": {"endpoints": {"base_url": f"http://127.0.0.1:{upstream}/v1"}}}, Records()
+    config = parse_config({"llmModels": models, "gateway": {"drain_timeout": 0}}, environ={})
+    gateway = Gateway(config, report=records)
     begun = anyio.Event()
     body = [chat(stream=True, max_tokens=100_000, stub={"token-interval": 0.01})]
 
@@ -187,12 +204,16 @@ async def test_a_stream_that_is_cut(upstream: int, records: Records, how: str) -
 
 
 def test_what_the_gateway_answers_itself_has_no_line(port: int, records: Records) -> None:
-    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=DEADLINE).status_code == 200
     assert post(port).status_code == 200
     assert records.next().route == "/v1/chat/completions"
 
 
-def test_as_a_line() -> None:
+def test_as_a_line(caplog: pytest.LogCaptureFixture) -> None:
     record = RequestRecord("id", "GET", "other", "m", None, 1, 2, 0.5, None, 0.25, "client_left", "-", "-")
     line = "id GET other model=m status=- bytes=1 chunks=2 seconds=0.500 ttfb=- queue=0.250 outcome=client_left"
     assert str(record) == f"{line} code=- key=-"
+    caplog.set_level(logging.INFO, "fluidmcp_proxy.access")
+    log_request(record)
+    assert record in [logged.msg for logged in caplog.records]
+    assert f"{line} code=- key=-" in caplog.messages

@@ -17,7 +17,7 @@ from fluidmcp_proxy import Gateway, GatewayConfig
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.errors import FluidMCPError, ModelNotFound, ShuttingDown
 from fluidmcp_proxy.models.state import ModelState
-from tests.serving import STUB, free_port
+from tests.serving import DEADLINE, STUB, free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -57,12 +57,12 @@ async def running(file: File) -> AsyncIterator[tuple[Gateway, httpx.AsyncClient]
             if gateway.config.models[name].start == "eager":
                 await until(partial(is_ready, gateway, name))
         transport = httpx.ASGITransport(gateway)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=DEADLINE) as client:
             yield gateway, client
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(DEADLINE):
         while not condition():
             await anyio.sleep(0.01)
 
@@ -272,7 +272,7 @@ async def test_the_end_in_the_middle_of_a_change(file: File, tmp_path: Path) -> 
         gateway.reload(file.read())
         with anyio.move_on_after(0.05):
             await client.get("/a/v1/models")
-    with anyio.fail_after(10):
+    with anyio.fail_after(DEADLINE):
         async with running(file_without_load(file)) as (gateway, client):
             assert await code(client, "/a/v1/models") == 200
 
@@ -306,9 +306,10 @@ async def reload_often(file: File, times: int, names: tuple[str, ...]) -> dict[s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_fifty_reloads_under_load(file: File) -> None:
     file.add("c")
-    with anyio.fail_after(100):
+    with anyio.fail_after(500):
         codes = await reload_often(file, 50, ("b", "c"))
     for answers in codes.values():
         assert len(answers) > 100

@@ -16,7 +16,7 @@ from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.gateway import server_metrics
 from fluidmcp_proxy.gateway.server_metrics import Told, merged, read
-from tests.gateway.test_metrics import samples_of, value
+from tests.gateway.test_metrics import Samples, samples_of, value
 from tests.serving import DEADLINE, eventually, serving, stub
 
 WHERE = {"model_id": "m"}
@@ -121,17 +121,22 @@ def test_every_server_that_is_ready_is_asked_and_none_holds_it_up() -> None:
         port = stack.enter_context(serving(fleet(**models, gone=at(9))))
         url = f"http://127.0.0.1:{port}"
 
-        def told() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        def told() -> Samples:
             return samples_of(httpx.get(f"{url}/metrics", timeout=DEADLINE).text)
 
         states = "fluidmcp_model_state"
         names = [name for name in models if name != "gone"]
         eventually(lambda: all(value(told(), states, model_id=n, state="ready") for n in names), "all are ready")
-        samples = told()
-        up = {labels: count for (name, labels), count in samples.items() if name == "fluidmcp_model_metrics_up"}
-        assert {"|".join(sorted(text for _, text in labels)): count for labels, count in up.items()} == {
-            "one": 1, "0|several": 1, "1|several": 1, "bad0": 0, "bad1": 0, "bad2": 0,
-        }  # fmt: skip
+        expected = {"one": 1, "0|several": 1, "1|several": 1, "bad0": 0, "bad1": 0, "bad2": 0}
+
+        def are_told() -> Samples:
+            """None is waited for longer than a little, which on a busy machine is too short for a good one, too."""
+            samples = told()
+            up = {where: count for (name, where), count in samples.items() if name == "fluidmcp_model_metrics_up"}
+            up_by_name = {"|".join(sorted(text for _, text in where)): count for where, count in up.items()}
+            return samples if up_by_name == expected else {}
+
+        samples = eventually(are_told, f"they tell as expected: {expected}")
         for where in ({"model_id": "one"}, {"model_id": "several", "replica": "1"}):
             assert value(samples, VLLM, engine="0", model_name="m", **where) is not None
         assert value(samples, VLLM, engine="0", model_name="m", model_id="bad1") is None

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.gateway.access import MAX_HEADER_BYTES, MAX_HEADERS
 from tests.gateway.conftest import remote
-from tests.serving import free_port, serving
+from tests.serving import DEADLINE, free_port, serving
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -109,7 +109,7 @@ def test_a_stream_that_falls_silent(upstream: int) -> None:
     seen: deque[str] = deque()
     with serving(remote(upstream, stream_idle_timeout=0.2)) as port:
         url = f"http://127.0.0.1:{port}/m/v1/chat/completions"
-        with httpx.stream("POST", url, json=body) as answer, pytest.raises(httpx.TransportError):
+        with httpx.stream("POST", url, json=body, timeout=DEADLINE) as answer, pytest.raises(httpx.TransportError):
             seen.extend(filter(None, answer.iter_lines()))
     assert json.loads(seen[-1].removeprefix("data: "))["error"]["code"] == "upstream_timeout"
 

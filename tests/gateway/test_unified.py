@@ -53,7 +53,7 @@ def port(servers: tuple[int, int], server: str) -> Iterator[int]:
 
 @pytest.fixture
 def client(port: int) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE, trust_env=False) as client:
         yield client
 
 
@@ -228,8 +228,8 @@ def test_a_held_body_is_bounded(servers: tuple[int, int], server: str) -> None:
     with serving(app, server) as port:
         url = f"http://127.0.0.1:{port}/v1/echo"
         pieces = [b'{"a": "', *[b"a" * 50_000] * 5, b'", "model": "one"}']
-        assert refused(httpx.post(url, content=iter(pieces))) == (413, "request_too_large")
-        assert httpx.post(url, content=iter([*pieces[:3], pieces[-1]])).status_code == 200
+        assert refused(httpx.post(url, content=iter(pieces), timeout=DEADLINE)) == (413, "request_too_large")
+        assert httpx.post(url, content=iter([*pieces[:3], pieces[-1]]), timeout=DEADLINE).status_code == 200
 
 
 def test_a_launched_model_is_found_by_its_name_before_it_runs(
@@ -238,14 +238,17 @@ def test_a_launched_model_is_found_by_its_name_before_it_runs(
     monkeypatch.setenv("FLUIDMCP_LOG_DIR", str(tmp_path / "log"))
     monkeypatch.setenv("FLUIDMCP_RUNTIME_DIR", str(tmp_path / "run"))
 
+    loaded = tmp_path / "loaded"
+
     def launched(name: str) -> dict[str, Any]:
         port = str(free_port())
-        args = [str(STUB), "serve", "x", "--served-model-name", name, "--port", port, "--load-time", "0.3"]
+        args = [str(STUB), "serve", "x", "--served-model-name", name, "--port", port, "--load-until", str(loaded)]
         return {"command": sys.executable, "args": args}
 
     app = Gateway(parse_config({"llmModels": {"a": launched("org/a"), "b": launched("org/b")}}, environ={}))
-    with serving(app, server) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+    with serving(app, server) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE) as client:
         assert {card["id"]: card["state"] for card in client.get("/v1/models").json()["data"]}["org/b"] != "ready"
+        loaded.touch()
         for name in ("org/b", "b"):
             body = {"model": name, "messages": [{"role": "user", "content": "hello"}]}
             assert client.post("/v1/chat/completions", json=body).json()["model"] == "org/b"
@@ -282,14 +285,14 @@ def test_who_waits_for_a_name_waits_like_anybody_else(strangers: int) -> None:
     state = f"http://127.0.0.1:{strangers}/models/never"
     with socket.create_connection(("127.0.0.1", strangers)) as client:
         client.sendall(head + body)
-        eventually(lambda: httpx.get(state).json()["queued"] == 1, "it waits")
-    eventually(lambda: httpx.get(state).json()["queued"] == 0, "it has left")
+        eventually(lambda: httpx.get(state, timeout=DEADLINE).json()["queued"] == 1, "it waits")
+    eventually(lambda: httpx.get(state, timeout=DEADLINE).json()["queued"] == 0, "it has left")
 
 
 def test_a_single_model_needs_no_name(upstream: int) -> None:
     entry = {"endpoints": {"base_url": f"http://127.0.0.1:{upstream}"}, "aliases": ["x"]}
     app = Gateway(parse_config({"llmModels": {"only": entry}}, environ={}))
-    with serving(app) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with serving(app) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE) as client:
         assert client.get("/v1/echo").status_code == 200
         for sent, got in ((b"{}", b"{}"), (b'{"model":"n"}', b'{"model":"n"}'), (b'{"model":"x"}', b'{"model":"m"}')):
             assert received(client.post("/v1/echo", content=sent))[0] == got

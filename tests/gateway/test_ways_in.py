@@ -22,7 +22,7 @@ from fluidmcp_proxy import Gateway, GatewayMiddleware, create_app
 from fluidmcp_proxy.errors import FluidMCPError, LifespanNotRunning
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan, surround_lifespan
 from tests.gateway.conftest import remote
-from tests.serving import serving
+from tests.serving import DEADLINE, serving
 
 Message = MutableMapping[str, Any]
 
@@ -140,8 +140,8 @@ def test_middleware_around_an_app_without_lifespan(upstream: int) -> None:
         await PlainTextResponse("bare")(scope, receive, send)
 
     with serving(GatewayMiddleware(bare, remote(upstream).config)) as port:
-        assert httpx.get(f"http://127.0.0.1:{port}/m/v1/models").status_code == 200
-        assert httpx.get(f"http://127.0.0.1:{port}/x").text == "bare"
+        assert httpx.get(f"http://127.0.0.1:{port}/m/v1/models", timeout=DEADLINE).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/x", timeout=DEADLINE).text == "bare"
 
 
 # The lifespan protocol
