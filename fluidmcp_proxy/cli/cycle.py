@@ -7,7 +7,7 @@ system call less is a tenth of what a small request costs; here the head waits f
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Connection", "Cycle"]
+__all__ = ["Connection", "Cycle", "writer_of"]
 
 Message = MutableMapping[str, Any]
 
@@ -149,6 +149,16 @@ class Cycle:
         else:
             raise RuntimeError(f"{message['type']!r} was sent after the end of the answer")
 
+    def write(self, piece: bytes) -> bool:
+        """A piece of a chunked body that has begun, as by ``send``; false if that would wait, and nothing is written.
+
+        See ``writer_of``.
+        """
+        if self._flow.write_paused or self.disconnected or self._head:
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
+
     def _begin(self, message: Message) -> None:
         if message["type"] != "http.response.start":
             raise RuntimeError(f"an answer begins with http.response.start, not with {message['type']!r}")
@@ -172,6 +182,12 @@ class Cycle:
             fields.append((b"transfer-encoding", b"chunked"))
         self._head = STATUS_LINE[status] + _block(fields)
         self._connection.loop.call_soon(self._flush)
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether more of a chunked body may follow."""
+        begun = self.response_started and not self.response_complete
+        return begun and self._left is None and not self._is_bodyless
 
     def _go_on(self, message: Message) -> None:
         if message["type"] != "http.response.body":
@@ -219,6 +235,18 @@ class Cycle:
     def _close(self) -> None:
         self._flush()
         self._transport.close()
+
+
+def writer_of(send: object) -> Callable[[bytes], bool] | None:
+    """The extension ``fluidmcp.write``: what writes a piece of the answer at once, without a task to await it.
+
+    ``send`` is the one that the app was called with. Whoever stands in between has put another in its place, and must
+    not be passed by: None, and so for an answer that is not chunked, or has not begun.
+    """
+    cycle = getattr(send, "__self__", None)
+    if not isinstance(cycle, Cycle) or send != cycle.send or not cycle.is_chunked:
+        return None
+    return cycle.write
 
 
 def _block(fields: list[tuple[bytes, bytes]]) -> bytes:

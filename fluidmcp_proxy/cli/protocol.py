@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from fluidmcp_proxy.cli.cycle import Cycle
+from fluidmcp_proxy.cli.cycle import Cycle, writer_of
 from fluidmcp_proxy.cli.deadline import Deadline
 from fluidmcp_proxy.errors import GatewayError, HeadersTooLarge, InvalidTarget, RequestTimeout
 from fluidmcp_proxy.upstream.headers import pick_request_id
@@ -97,6 +97,7 @@ class GatewayProtocol(HttpToolsProtocol):
         scope["path"], scope["raw_path"], scope["query_string"] = _target(self.url, self.root_path)
         # Whatever follows an upgrade that is refused the parser takes for the other protocol.
         lasts = version != "1.0" and not upgrades and parser.should_keep_alive()
+        scope["extensions"] = {"fluidmcp.write": writer_of}
         last = self.cycle
         cycle: Any = Cycle(self, scope, keep_alive=lasts, expects_continue=self.expect_100_continue)
         self.cycle = cycle

@@ -300,7 +300,8 @@ class Gateway:
         wants_news = asks_for_progress(request.noted)
         news = (lambda: what_it_does(lease.status)) if wants_news else None
         trace = self._trace(request, lease)
-        relay = Relay(self._outgoing(route, request), body, lease, request.send, news, trace)
+        writer_of = (request.scope.get("extensions") or {}).get("fluidmcp.write")
+        relay = Relay(self._outgoing(route, request), body, lease, request.send, news, trace, writer_of)
         await self._run(relay, request)
 
     def _trace(self, request: Request, lease: Lease) -> Trace | None:

@@ -18,7 +18,7 @@ from fluidmcp_proxy.gateway.departure import race_departure
 from fluidmcp_proxy.gateway.loading import is_streamed, late_refusal, telling
 from fluidmcp_proxy.gateway.sse import EventSplitter, is_event_stream
 from fluidmcp_proxy.models.scheduler import Lease
-from fluidmcp_proxy.upstream.client import Response, Transport
+from fluidmcp_proxy.upstream.client import Response, Sink, Transport
 from fluidmcp_proxy.upstream.headers import response_headers
 
 if TYPE_CHECKING:
@@ -52,7 +52,19 @@ class Relay:
     ``upstream_died`` and ``cut``. The answer's body is counted in the lease.
     """
 
-    __slots__ = ("_body", "_error", "_events", "_lease", "_news", "_outgoing", "_send", "_trace", "outcome", "status")
+    __slots__ = (
+        "_body",
+        "_error",
+        "_events",
+        "_lease",
+        "_news",
+        "_outgoing",
+        "_send",
+        "_trace",
+        "_writer_of",
+        "outcome",
+        "status",
+    )
 
     def __init__(
         self,
@@ -62,14 +74,19 @@ class Relay:
         send: Send,
         news: Callable[[], str] | None = None,
         trace: Trace | None = None,
+        writer_of: Callable[[Send], Sink | None] | None = None,
     ) -> None:
-        """``news`` says what the model does, for a client that wants to be told while it waits."""
+        """``news`` says what the model does, for a client that wants to be told while it waits.
+
+        ``writer_of`` is the server's extension ``fluidmcp.write``.
+        """
         self._outgoing = outgoing
         self._body = body
         self._lease = lease
         self._send = send
         self._news = news
         self._trace = trace
+        self._writer_of = writer_of
         self._events: EventSplitter | None = None
         self._error: GatewayError | None = None
         self.status = 0
@@ -137,6 +154,7 @@ class Relay:
             lease.count(len(last_words))
             await send({"type": "http.response.body", "body": last_words, "more_body": False})
             return
+        sink = self._sink(events)
         async for chunk in answer.body:
             ended = answer.ended  # saves a message of its own for the end
             if events is not None:
@@ -147,10 +165,29 @@ class Relay:
                 await send({"type": "http.response.body", "body": chunk, "more_body": not ended})
             if ended:
                 return
+            if sink is not None:
+                await answer.pour(sink)  # what it does not take comes here
         rest = b"" if events is None else events.rest()
         if rest:
             lease.count(len(rest))
         await send({"type": "http.response.body", "body": rest, "more_body": False})
+
+    def _sink(self, events: EventSplitter | None) -> Sink | None:
+        """What passes on a piece that is not the last at once, if the server can: no task is woken for it."""
+        write = None if self._writer_of is None else self._writer_of(self._send)
+        if write is None:
+            return None
+        count = self._lease.count
+
+        def pass_on(piece: bytes) -> bool:
+            if (events is not None and not events.is_whole(piece)) or not write(piece):
+                return False
+            if events is not None:
+                events.feed(piece)
+            count(len(piece))
+            return True
+
+        return pass_on
 
     @asynccontextmanager
     async def _told(self, news: Callable[[], str]) -> AsyncIterator[Transport]:

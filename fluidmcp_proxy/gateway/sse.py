@@ -24,9 +24,13 @@ class EventSplitter:
         self._tail = b""
         self._last = b""
 
+    def is_whole(self, chunk: bytes) -> bool:
+        """Whether ``feed`` would pass on just ``chunk``."""
+        return not self._tail and chunk.endswith(_ENDS)
+
     def feed(self, chunk: bytes) -> bytes:
         """What can be passed on now, perhaps nothing."""
-        if not self._tail and chunk.endswith(b"\n\n"):  # nearly always
+        if not self._tail and chunk.endswith(_ENDS):  # nearly always
             self._last = chunk
             return chunk
         data = self._tail + chunk

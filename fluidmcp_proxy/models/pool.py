@@ -17,7 +17,7 @@ from fluidmcp_proxy.errors import ShuttingDown, UpstreamDisconnected, UpstreamUn
 from fluidmcp_proxy.models.balancing import LeastBusy, PrefixMap, by_key, prompt_blocks
 from fluidmcp_proxy.models.server import Server
 from fluidmcp_proxy.models.state import ModelState
-from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response, Transport
+from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response, Sink, Transport
 from fluidmcp_proxy.upstream.websocket import WebSocket
 
 __all__ = ["Pool", "Replica"]
@@ -229,6 +229,18 @@ class _Counted:
         chunk = await anext(self._chunks)
         self._replica.progress += len(chunk)
         return chunk
+
+    async def pour(self, sink: Sink) -> None:
+        """See ``Response.pour``."""
+        replica = self._replica
+
+        def counted(piece: bytes) -> bool:
+            taken = sink(piece)
+            if taken:
+                replica.progress += len(piece)
+            return taken
+
+        await self._response.pour(counted)
 
 
 def _addressed(headers: Headers, replica: Replica) -> list[tuple[bytes, bytes]]:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import httpx
 
 from fluidmcp_proxy.upstream.as_httpx import HttpxFace
+from fluidmcp_proxy.upstream.connection import Sink
 from fluidmcp_proxy.upstream.over_httpx import OverHttpx
 from fluidmcp_proxy.upstream.transport import AsyncioTransport, is_asyncio
 from fluidmcp_proxy.upstream.websocket import WebSocket
@@ -25,6 +26,7 @@ __all__ = [
     "Headers",
     "HttpTransport",
     "Response",
+    "Sink",
     "Timeouts",
     "Transport",
     "open_client",
@@ -101,6 +103,13 @@ class Response(Protocol):
     @property
     def body(self) -> AsyncIterator[bytes]:
         """Raw, not decoded, never an empty chunk. Raises as ``exchange`` does when the answer breaks off."""
+
+    async def pour(self, sink: Sink) -> None:
+        """Give pieces of the body to ``sink`` as they arrive, each within the event loop's own callback.
+
+        Nobody is woken for them. It returns when there is something for ``body`` to give or to raise: a piece that
+        ``sink`` refused, the last one, the end, or why there is none; where nothing of this is known, at once.
+        """
 
 
 class HttpTransport(Protocol):

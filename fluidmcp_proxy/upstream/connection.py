@@ -14,7 +14,10 @@ from typing import cast
 from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamInvalidResponse, UpstreamTimeout
 from fluidmcp_proxy.upstream.answer import Answer
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "Sink"]
+
+Sink = Callable[[bytes], bool]
+"""Takes a piece of a body at once, or returns false."""
 
 # Received and not yet taken: above this the server is paused.
 _HIGH_WATER = 64 * 1024
@@ -27,10 +30,13 @@ class Connection(asyncio.Protocol):
         "_buffered",
         "_busy",
         "_drained",
+        "_heard",
+        "_limit",
         "_loop",
         "_on_gone",
         "_paused",
         "_poll",
+        "_sink",
         "_timer",
         "_transport",
         "_uploading",
@@ -50,7 +56,9 @@ class Connection(asyncio.Protocol):
         self._buffered = 0
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._limit = self._heard = 0.0
         self.answer = Answer()
         self.error: BaseException | None = None
         self.idle_since = 0.0
@@ -108,10 +116,22 @@ class Connection(asyncio.Protocol):
         finally:
             self._waiter = None
 
+    async def pour(self, sink: Sink) -> None:
+        """As ``wait``, but what arrives is given to ``sink`` and needs no wait to end, until it is refused.
+
+        The last piece of an answer is never given to it.
+        """
+        self._sink = sink
+        try:
+            await self.wait()
+        finally:
+            self._sink = None
+
     def arm(self, seconds: float | None) -> None:
-        """Limit the time until ``disarm``."""
+        """Limit the time until ``disarm``, or from one piece that is poured to the next."""
         if seconds is not None:
             self.disarm()
+            self._limit, self._heard = seconds, self._loop.time()
             self._timer = self._loop.call_later(seconds, self._time_out)
 
     def disarm(self) -> None:
@@ -165,6 +185,8 @@ class Connection(asyncio.Protocol):
         except UpstreamInvalidResponse as error:
             self.fail(error)
             return
+        if self._sink is not None and not answer.complete and self._passes_on(self._sink):
+            return
         if answer.parts and not answer.complete:
             self._buffered += len(data)
             if self._buffered > _HIGH_WATER and not self._paused:
@@ -200,7 +222,30 @@ class Connection(asyncio.Protocol):
         if drained is not None and not drained.done():
             drained.set_result(None)
 
+    def _passes_on(self, sink: Sink) -> bool:
+        """Whether there is nothing left for whoever waits."""
+        parts = self.answer.parts
+        if not parts:
+            return True
+        try:
+            taken = sink(parts[0] if len(parts) == 1 else b"".join(parts))
+        except Exception as error:
+            parts.clear()
+            self.fail(error)  # for whoever waits, not for the event loop
+            return True
+        if not taken:
+            self._sink = None  # what follows must not overtake it
+            return False
+        parts.clear()
+        if self._timer is not None:
+            self._heard = self._loop.time()  # a timer for each piece costs more than to pass it on
+        return True
+
     def _time_out(self) -> None:
+        left = self._heard + self._limit - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._time_out)
+            return
         self._timer = None
         self.fail(UpstreamTimeout("The model's server did not answer in time."))
 

@@ -175,6 +175,9 @@ class _Answer:
         self.headers = [(name.lower(), value) for name, value in response.headers.raw]
         self.body: AsyncIterator[bytes] = body
 
+    async def pour(self, sink: object) -> None:
+        """See ``Response.pour``: httpx has no callbacks."""
+
 
 class _Body:
     """Raw chunks. Not a generator, because trio wants those closed by hand: ``aclose`` does that for httpx's."""

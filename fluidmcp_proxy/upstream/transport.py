@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamUnavailable
-from fluidmcp_proxy.upstream.connection import Connection
+from fluidmcp_proxy.upstream.connection import Connection, Sink
 from fluidmcp_proxy.upstream.framing import Framing, encode_head, frame
 from fluidmcp_proxy.upstream.websocket import WebSocket
 
@@ -274,6 +274,17 @@ class _Exchange:
             raise StopAsyncIteration
         assert connection.error is not None
         raise connection.error
+
+    async def pour(self, sink: Sink) -> None:
+        """See ``Response.pour``."""
+        connection = self._connection
+        if connection is None:
+            return
+        answer = connection.answer
+        if not answer.parts and not answer.complete and connection.error is None:
+            connection.arm(self._transport.timeouts.idle)
+            await connection.pour(sink)
+            connection.disarm()
 
     def _send(self, connection: Connection) -> None:
         body = self._framing.body

@@ -11,7 +11,7 @@ import anyio
 import pytest
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 
-from fluidmcp_proxy.cli.cycle import Cycle
+from fluidmcp_proxy.cli.cycle import Cycle, writer_of
 from tests.serving import DEADLINE
 
 pytestmark = pytest.mark.anyio
@@ -277,3 +277,59 @@ async def test_who_expects_continue_is_told_when_the_body_is_wanted() -> None:
     await refused.body()
     await refused.cycle.receive()
     assert b"100 Continue" not in b"".join(refused.wire.written)
+
+
+async def test_a_piece_is_written_without_a_task() -> None:
+    over = Over()
+    await over.start()
+    write = writer_of(over.cycle.send)
+    assert write is not None
+    assert not write(b"early")  # the head waits for the one that is sent
+    await over.body(b"one", more=True)
+    assert write(b"two")
+    await over.body(b"")
+    head, body = b"".join(over.wire.written).split(b"\r\n\r\n", 1)
+    assert b"chunked" in head
+    assert body == b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n"
+
+
+async def test_no_piece_is_written_where_sending_would_wait_or_is_in_vain() -> None:
+    over = Over()
+    await over.start()
+    await over.body(b"one", more=True)
+    write, written = writer_of(over.cycle.send), list(over.wire.written)
+    assert write is not None
+    over.flow.pause_writing()
+    assert not write(b"two")
+    over.flow.resume_writing()
+    over.cycle.disconnect()
+    assert not write(b"two")
+    assert over.wire.written == written
+
+
+async def test_only_a_chunked_answer_that_has_begun_has_a_writer() -> None:
+    assert writer_of(Over().cycle.send) is None
+    with_length, head, empty, over = Over(), Over("HEAD"), Over(), Over()
+    await with_length.start((b"content-length", b"8"))
+    await head.start()
+    await empty.start(status=204)
+    await over.start()
+    await over.body()
+    for one in (with_length, head, empty, over):
+        assert writer_of(one.cycle.send) is None
+
+
+async def test_nobody_in_between_is_passed_by() -> None:
+    over = Over()
+    await over.start()
+
+    async def wrapped(message: Any) -> None:
+        await over.cycle.send(message)
+
+    class Wrapping:
+        async def send(self, message: Any) -> None:
+            await over.cycle.send(message)
+
+    assert writer_of(over.cycle.send) is not None
+    for send in (wrapped, Wrapping().send, over.cycle.receive, over.cycle):
+        assert writer_of(send) is None

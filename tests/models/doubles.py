@@ -14,7 +14,7 @@ from fluidmcp_proxy.errors import GatewayError, ModelFailed
 from fluidmcp_proxy.models.child import CannotStart
 from fluidmcp_proxy.models.state import ModelState, ModelStatus, Phase
 from fluidmcp_proxy.models.supervisor import Supervisor
-from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response, Transport
+from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response, Sink, Transport
 from fluidmcp_proxy.upstream.websocket import WebSocket
 
 ADDRESS = Address("http", "127.0.0.1", 8001)
@@ -37,6 +37,9 @@ class FakeResponse:
     @property
     async def body(self) -> AsyncIterator[bytes]:
         yield self.content
+
+    async def pour(self, sink: Sink) -> None:
+        pass
 
 
 class FakeTransport:

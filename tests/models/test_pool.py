@@ -13,7 +13,7 @@ import pytest
 from fluidmcp_proxy.errors import ShuttingDown, UpstreamDisconnected, UpstreamUnavailable
 from fluidmcp_proxy.models.pool import Pool, Replica
 from fluidmcp_proxy.models.state import Phase
-from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response
+from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response, Sink
 from fluidmcp_proxy.upstream.websocket import WebSocket
 from tests.models.doubles import FakeResponse, FakeServer, FakeTransport, model
 
@@ -66,6 +66,10 @@ class _Answer(FakeResponse):
     def __init__(self, wire: Wire) -> None:
         super().__init__(200)
         self._wire = wire
+
+    async def pour(self, sink: Sink) -> None:
+        assert sink(b"taken")
+        assert not sink(b"refused")
 
     @property
     async def body(self) -> AsyncIterator[bytes]:
@@ -336,6 +340,13 @@ async def test_progress_is_bytes_and_ends() -> None:
         assert [chunk async for chunk in response.body] == [b"one ", b"two"]
         assert rig.replicas[0].progress == 7
     assert rig.replicas[0].progress == 8
+
+
+async def test_what_is_poured_is_progress_and_what_is_refused_is_not() -> None:
+    rig = Rig(1)
+    async with rig.exchange() as response:
+        await response.pour(lambda piece: piece == b"taken")
+        assert rig.replicas[0].progress == len(b"taken")
 
 
 # WebSockets
