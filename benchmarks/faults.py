@@ -157,9 +157,9 @@ def stat(pid: int, index: int) -> str:
 
 
 def marked(marker: str) -> list[int]:
-    """Every living process with the marker in its environment."""
+    """Every living process with the marker in its environment; the youngest first, since a storm's live for 3 ms."""
     wanted = marker.encode()
-    pids = (int(name) for name in os.listdir("/proc") if name.isdigit())
+    pids = sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True)
     return [pid for pid in pids if wanted in read(f"/proc/{pid}/environ") and stat(pid, 0) not in ("Z", "X", "")]
 
 
