@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trio.testing import MockClock
+
+from tests.models.virtual_time import VirtualTimeLoop
 
 WIRES: dict[str, Any] = {
     "raw": ("asyncio", {}),
@@ -14,6 +17,12 @@ WIRES: dict[str, Any] = {
     "httpx": ("asyncio", {}),
     "httpx-trio": ("trio", {}),
 }
+TIMED: dict[str, Any] = {
+    "raw-timed": ("asyncio", {"loop_factory": VirtualTimeLoop}),
+    "httpx-timed": ("asyncio", {"loop_factory": VirtualTimeLoop}),
+    "httpx-trio-timed": ("trio", {}),
+}
+"""For tests that must not run out of a time while the machine is busy: it passes only when nothing is left to do."""
 
 
 @pytest.fixture(params=WIRES)
@@ -26,7 +35,10 @@ def wire(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def anyio_backend(wire: str) -> Any:
-    return WIRES[wire]
+    backend, options = {**WIRES, **TIMED}[wire]
+    if wire == "httpx-trio-timed":
+        options = {"clock": MockClock(autojump_threshold=0.02)}
+    return backend, options
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

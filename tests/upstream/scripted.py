@@ -17,8 +17,7 @@ from anyio.streams.tls import TLSListener
 
 from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport, open_transport
 from fluidmcp_proxy.upstream.over_httpx import OverHttpx
-
-DEADLINE = 5.0
+from tests.serving import DEADLINE
 
 
 @dataclass

@@ -62,7 +62,6 @@ async def test_cancelled_after_any_number_of_turns(wire: str, way: str) -> None:
             complete = await _cancelled_after(turns, transport, method, target, body())
             assert (await ask(transport)).body == b"ok"
             turns += 1
-            assert turns < 500
         assert turns > 3, "it was never cancelled inside"
 
 

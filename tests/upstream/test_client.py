@@ -22,6 +22,7 @@ from fluidmcp_proxy.upstream.as_httpx import HttpxFace
 from fluidmcp_proxy.upstream.client import Address, Timeouts, open_client, open_transport
 from fluidmcp_proxy.upstream.over_httpx import OverHttpx
 from fluidmcp_proxy.upstream.transport import AsyncioTransport
+from tests.serving import DEADLINE
 
 from .scripted import HOST, OK, Peer, answering, ask, connect, serve
 
@@ -157,7 +158,7 @@ async def test_clients_own_read_time_out(wire: str) -> None:
     ):
         for path in ("/head", "/body"):
             with pytest.raises(httpx.ReadTimeout):
-                await client.get(path, timeout=0.05)
+                await client.get(path, timeout=httpx.Timeout(DEADLINE, read=0.05))
 
 
 class Failing:

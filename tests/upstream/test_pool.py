@@ -129,13 +129,16 @@ async def test_server_that_closes_idle_connections_costs_no_request(wire: str) -
 
 
 async def test_idle_for_too_long_is_not_used_again(wire: str) -> None:
-    async with serve(numbered) as server, connect(server, wire, keep_alive=0.05) as transport:
-        await ask(transport)
-        await ask(transport)
-        assert server.connections == 1
-        await anyio.sleep(0.06)
-        await ask(transport)
-        assert server.connections == 2
+    async with serve(numbered) as server:
+        async with connect(server, wire, keep_alive=60) as transport:
+            for _ in range(2):
+                await ask(transport)
+            assert server.connections == 1
+        async with connect(server, wire, keep_alive=0.01) as transport:
+            for number in (2, 3):
+                await ask(transport)
+                await anyio.sleep(0.02)
+                assert server.connections == number
 
 
 @RAW

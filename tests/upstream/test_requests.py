@@ -13,12 +13,15 @@ import pytest
 
 from fluidmcp_proxy.errors import InvalidTarget, UpstreamDisconnected, UpstreamTimeout
 from fluidmcp_proxy.upstream.client import Address, Timeouts
+from tests.serving import DEADLINE
 
-from .scripted import DEADLINE, HOST, OK, Peer, ask, connect, serve
+from .conftest import TIMED
+from .scripted import HOST, OK, Peer, ask, connect, serve
 
 pytestmark = pytest.mark.anyio
 
 RAW = pytest.mark.parametrize("wire", ["raw", "raw-uvloop"], indirect=True)
+AT_LEISURE = pytest.mark.parametrize("wire", TIMED, indirect=True)
 
 
 async def pieces(*chunks: bytes) -> AsyncIterator[bytes]:
@@ -396,15 +399,16 @@ async def test_first_byte_too_late(wire: str) -> None:
         await gone.wait()
 
 
+@AT_LEISURE
 async def test_first_byte_time_begins_after_the_upload(wire: str) -> None:
     async def slow() -> AsyncIterator[bytes]:
         for _ in range(5):
-            await anyio.sleep(0.04)
+            await anyio.sleep(4)
             yield b"x"
 
     script = Recorder(5)
     length = [(b"content-length", b"5")]
-    async with serve(script) as server, connect(server, wire, Timeouts(5, 0.15, None)) as transport:
+    async with serve(script) as server, connect(server, wire, Timeouts(5, 15, None)) as transport:
         assert (await ask(transport, b"POST", headers=length, body=slow())).status == 200
 
 
@@ -421,15 +425,15 @@ async def test_first_byte_too_late_after_an_upload(wire: str) -> None:
             await ask(transport, b"POST", body=upload())
 
 
-@RAW
+@pytest.mark.parametrize("wire", ["raw-timed"], indirect=True)
 async def test_first_byte_time_ends_with_the_head(wire: str) -> None:
     async def script(peer: Peer) -> None:
         await peer.head()
         await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
-        await anyio.sleep(0.35)
+        await anyio.sleep(20)
         await peer.send(b"ok")
 
-    async with serve(script) as server, connect(server, wire, Timeouts(5, 0.3, None)) as transport:
+    async with serve(script) as server, connect(server, wire, Timeouts(5, 15, None)) as transport:
         assert (await ask(transport)).body == b"ok"
 
 
@@ -450,15 +454,16 @@ async def test_silence_inside_the_body_too_long(wire: str) -> None:
         await gone.wait()
 
 
+@AT_LEISURE
 async def test_time_outs_do_not_outlive_what_they_limit(wire: str) -> None:
     async def script(peer: Peer) -> None:
         while await peer.head():
             await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n")
             for _ in range(4):
-                await anyio.sleep(0.03)
+                await anyio.sleep(2)
                 await peer.send(b"x")
 
-    async with serve(script) as server, connect(server, wire, Timeouts(5, 0.5, 0.5)) as transport:
+    async with serve(script) as server, connect(server, wire, Timeouts(5, 3, 3)) as transport:
         for _ in range(5):
             assert (await ask(transport)).body == b"xxxx"
         assert server.connections == 1

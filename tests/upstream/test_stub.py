@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -13,7 +14,7 @@ import pytest
 
 from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamInvalidResponse
 from fluidmcp_proxy.upstream.client import Address, Transport
-from tests.serving import stub
+from tests.serving import DEADLINE, stub
 
 from .scripted import HOST, ask, connect
 
@@ -71,15 +72,19 @@ async def test_five_megabytes_down(wire: str, server: Address, query: bytes) -> 
         assert len((await ask(transport, target=b"/v1/bytes/5000000" + query)).body) == 5_000_000
 
 
-async def test_stream_comes_token_by_token(wire: str, server: Address) -> None:
-    body = chat(stream=True, stub={"token-interval": 0.02})
+@pytest.mark.parametrize("token", [1, 2, 5])
+async def test_stream_comes_token_by_token(wire: str, server: Address, tmp_path: Path, token: int) -> None:
+    body = chat(stream=True, stub={"hang-after": token, "hang-until": str(tmp_path / "go")})
+    received = b""
     async with (
         connect(server, wire) as transport,
         transport.exchange(b"POST", b"/v1/chat/completions", [HOST, JSON], body) as answer,
     ):
-        chunks = [chunk async for chunk in answer.body]
-    assert len(chunks) > 3
-    assert b"".join(chunks).endswith(b"data: [DONE]\n\n")
+        async for chunk in answer.body:
+            received += chunk
+            if received.count(b"data: ") == 1 + token:  # the first one has the role
+                (tmp_path / "go").touch()
+    assert received.endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -91,7 +96,7 @@ async def test_leaving_aborts_the_generation(wire: str, server: Address, stream:
         async def one() -> None:
             await ask(transport, b"POST", b"/v1/chat/completions", [JSON], body)
 
-        with anyio.fail_after(10):
+        with anyio.fail_after(DEADLINE):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(one)
                 while not (await stats(transport))["running"]:

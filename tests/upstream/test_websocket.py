@@ -29,12 +29,14 @@ from fluidmcp_proxy.upstream import websocket
 from fluidmcp_proxy.upstream.client import Address, Timeouts, Transport
 from fluidmcp_proxy.upstream.endings import HandshakeRefused, WebSocketClosed, can_be_sent
 from fluidmcp_proxy.upstream.websocket import WebSocket
+from tests.serving import DEADLINE, free_port
 
 from .scripted import HOST, Peer, Server, authority, connect, serve
 
 pytestmark = pytest.mark.anyio
 
 RAW = pytest.mark.parametrize("wire", ["raw", "raw-uvloop"], indirect=True)
+AT_LEISURE = pytest.mark.parametrize("wire", ["raw-timed"], indirect=True)
 LIMIT = 64 * 1024 * 1024
 
 
@@ -323,7 +325,7 @@ async def test_no_answer_in_time(wire: str) -> None:
                 pass
 
 
-@RAW
+@AT_LEISURE
 async def test_the_limit_on_the_answer_is_not_one_on_silence(wire: str) -> None:
     proceed = anyio.Event()
 
@@ -335,13 +337,13 @@ async def test_the_limit_on_the_answer_is_not_one_on_silence(wire: str) -> None:
     async def script(peer: Peer) -> None:
         await talk(await Speaker(peer).accept())
 
-    timeouts = Timeouts(first_byte=0.05, idle=0.05)
+    timeouts = Timeouts(first_byte=5, idle=5)
     async with (
         serve(script) as server,
         connect(server, wire, timeouts) as transport,
         transport.open_websocket(b"/", [HOST], max_message=LIMIT) as socket,
     ):
-        with anyio.move_on_after(0.2) as wait:
+        with anyio.move_on_after(20) as wait:
             await socket.receive()
         assert wait.cancelled_caught
         proceed.set()
@@ -350,9 +352,7 @@ async def test_the_limit_on_the_answer_is_not_one_on_silence(wire: str) -> None:
 
 @RAW
 async def test_nobody_listens(wire: str) -> None:
-    async with serve(lambda peer: peer.gone()) as server:
-        address = server.address
-    async with connect(address, wire) as transport:
+    async with connect(Address("http", "127.0.0.1", free_port()), wire) as transport:
         with pytest.raises(UpstreamUnavailable):
             async with transport.open_websocket(b"/", [HOST], max_message=LIMIT):
                 pass
@@ -377,7 +377,7 @@ async def test_unix_socket(wire: str, tmp_path: Path) -> None:
     with unix_serve(echo_all, path) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        with anyio.fail_after(5):
+        with anyio.fail_after(DEADLINE):
             async with (
                 connect(Address("http", "localhost", 80, uds=path), wire) as transport,
                 transport.open_websocket(b"/", [HOST], max_message=LIMIT) as socket,
@@ -624,7 +624,6 @@ async def test_cancelled_after_any_number_of_turns(wire: str, closing: bool) -> 
                     await anyio.lowlevel.checkpoint()
                 tasks.cancel_scope.cancel()
             turns += 1
-            assert turns < 500
         assert turns > 5, "it was never cancelled inside"
         while len(ended) < server.connections or "0 connections" not in repr(transport):
             await anyio.sleep(0.01)
@@ -744,7 +743,7 @@ async def test_a_server_that_answers_no_ping_is_dead_in_the_end(wire: str, monke
     assert pings
 
 
-@RAW
+@AT_LEISURE
 async def test_a_server_that_is_paused_is_not_taken_for_dead(wire: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websocket, "PING_AFTER", 0.01)
     monkeypatch.setattr(websocket, "PATIENCE", 0.05)
