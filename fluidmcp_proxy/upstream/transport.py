@@ -128,6 +128,8 @@ class AsyncioTransport:
         except (OSError, UnicodeError) as error:  # TimeoutError and ssl.SSLError are OSErrors
             raise UpstreamUnavailable("The model's server cannot be reached.") from error
         self.opened += 1
+        if self._closed:  # meanwhile: nobody else would close this one
+            connection.fail(UpstreamUnavailable("The connections to the model's server are closed."))
         if not connection.is_open():
             # Nothing of the request has left, so this is still a connect that failed.
             raise UpstreamUnavailable("The model's server closed the connection at once.")

@@ -274,6 +274,42 @@ async def test_closing_ends_what_is_under_way(wire: str) -> None:
             await ask(transport)
 
 
+@RAW
+@pytest.mark.parametrize("websocket", [False, True])
+async def test_closing_ends_what_is_being_connected(wire: str, websocket: bool) -> None:
+    """The server would keep the connection, and its request, for ever."""
+    dialled, proceed, gone = anyio.Event(), anyio.Event(), anyio.Event()
+
+    class Late(AsyncioTransport):
+        async def _dial(self, connection: Connection | WebSocket) -> None:
+            await super()._dial(connection)
+            self._all.discard(connection)  # as if it was only being connected still
+            dialled.set()
+            await proceed.wait()
+
+    async def script(peer: Peer) -> None:
+        assert await peer.head() == b""
+        gone.set()
+
+    async with serve(script) as server, anyio.create_task_group() as tasks:
+        transport = Late(server.address, Timeouts())
+
+        async def one() -> None:
+            with pytest.raises(UpstreamUnavailable):
+                if websocket:
+                    async with transport.open_websocket(b"/", [HOST], max_message=1):
+                        pass
+                else:
+                    await ask(transport)
+
+        tasks.start_soon(one)
+        await dialled.wait()
+        await transport.aclose()
+        proceed.set()
+        await gone.wait()
+    assert repr(transport).endswith("0 connections, 0 of them idle>")
+
+
 async def test_closing_an_unused_transport(wire: str) -> None:
     async with serve(numbered) as server, connect(server, wire):
         assert server.connections == 0
