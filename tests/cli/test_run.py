@@ -181,7 +181,9 @@ def test_under_hypercorn(program: Program, mark: Mark) -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/m/v1/models", timeout=DEADLINE).status_code == 200
         server.send(signal.SIGTERM)
         server.ended()
-        eventually(lambda: not mark.pids(), "nothing is left")  # multiprocessing's resource tracker ends after hypercorn
+        eventually(
+            lambda: not mark.pids(), "nothing is left"
+        )  # multiprocessing's resource tracker ends after hypercorn
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
