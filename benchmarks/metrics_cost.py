@@ -67,7 +67,7 @@ def ended() -> Callable[[], object]:
         raise NotImplementedError
 
     request = Request(scope, nothing, nothing, gateway._table)
-    return lambda: gateway._end(request, 200, "complete")
+    return lambda: gateway._accounts.close(request, 200, "complete")
 
 
 def line() -> Callable[[], object]:

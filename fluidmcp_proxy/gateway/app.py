@@ -5,47 +5,34 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fluidmcp_proxy.config.difference import Difference, difference, in_force
 from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.errors import GatewayError, LifespanNotRunning, ShuttingDown
-from fluidmcp_proxy.gateway import events, pages
 from fluidmcp_proxy.gateway.access import ServedBy
-from fluidmcp_proxy.gateway.administration import act, send_logs
+from fluidmcp_proxy.gateway.accounts import Accounts
 from fluidmcp_proxy.gateway.answers import respond, respond_with_error
-from fluidmcp_proxy.gateway.body import ClientDisconnected, RequestBody
+from fluidmcp_proxy.gateway.body import ClientDisconnected
 from fluidmcp_proxy.gateway.cors import answering, preflight
-from fluidmcp_proxy.gateway.departure import race_departure
 from fluidmcp_proxy.gateway.entrance import Entrance
+from fluidmcp_proxy.gateway.events import wants_events
+from fluidmcp_proxy.gateway.forwarding import Forwarding
+from fluidmcp_proxy.gateway.leased import LeasedTransport
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
-from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.record import RequestRecord, log_request
-from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
 from fluidmcp_proxy.gateway.request import Request
-from fluidmcp_proxy.gateway.routing import (
-    Action,
-    Forward,
-    ListedModel,
-    Logs,
-    ModelPage,
-    Page,
-    StaticFile,
-    Unified,
-)
+from fluidmcp_proxy.gateway.routing import Forward, Page, Unified
+from fluidmcp_proxy.gateway.site import Site, exposition
 from fluidmcp_proxy.gateway.table import Table
-from fluidmcp_proxy.gateway.tally import Tally
-from fluidmcp_proxy.gateway.target import Target, read_target
-from fluidmcp_proxy.gateway.unified import choose_model
-from fluidmcp_proxy.gateway.websocket import HANDSHAKE_HEADERS, Handshake, WebSocketRelay, refuse
+from fluidmcp_proxy.gateway.target import read_target
+from fluidmcp_proxy.gateway.websocket import HANDSHAKE_HEADERS, refuse
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.fleet import Fleet, open_fleet
-from fluidmcp_proxy.models.scheduler import Lease
 from fluidmcp_proxy.models.state import ModelStatus
-from fluidmcp_proxy.upstream.client import Body, Headers, Response, open_client
+from fluidmcp_proxy.upstream.client import open_client
 from fluidmcp_proxy.upstream.endings import HandshakeRefused
-from fluidmcp_proxy.upstream.headers import request_headers, response_headers
+from fluidmcp_proxy.upstream.headers import response_headers
 
 if TYPE_CHECKING:
     import httpx
@@ -59,9 +46,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 logger = logging.getLogger("fluidmcp_proxy.gateway")
-
-# What X-Forwarded-Proto calls the schemes of WebSocket scopes.
-_HTTP_SCHEMES = {"ws": "http", "wss": "https"}
 
 
 class Gateway:
@@ -80,13 +64,12 @@ class Gateway:
         served_by: ServedBy = ServedBy.HOST_APP,
         report: Callable[[RequestRecord], None] = log_request,
     ) -> None:
-        self._report = report
         self._served_by = served_by
         self._table = Table(config, served_by)
         self._fleet: Fleet | None = None
-        self._feed: events.Feed | None = None
-        self._tally = Tally()
-        self._begin_trace = _trace_type() if config.settings.tracing else None
+        self._accounts = Accounts(report)
+        self._site = Site(self._running, self._accounts.tally)
+        self._forwarding = Forwarding(self._running, self._accounts, _trace_type() if config.settings.tracing else None)
         self._clients: dict[str, httpx.AsyncClient] = {}
 
     @property
@@ -109,15 +92,15 @@ class Gateway:
         """
         if self._fleet is not None:
             raise RuntimeError("this gateway is running already; compose its lifespan once")
-        _exposition()  # now, not under load
+        exposition()  # now, not under load
         for warning in self.config.warnings:
             logger.warning("%s", warning)
         try:
             async with open_fleet(self.config) as self._fleet:
-                self._feed = events.Feed(self._fleet, self._tally)
+                self._site.open(self._fleet)
                 yield self
         finally:
-            self._fleet = self._feed = None
+            self._fleet = None
 
     def lifespan(self, app: object) -> AbstractAsyncContextManager[None]:
         """``run()`` with the signature of Starlette's and FastAPI's ``lifespan`` parameter."""
@@ -172,7 +155,7 @@ class Gateway:
         client = self._clients.get(model)
         if client is None or client.is_closed:
             address = address_of(self.config.models[model])
-            client = self._clients[model] = open_client(_LeasedTransport(self, model), address)
+            client = self._clients[model] = open_client(LeasedTransport(self._running, model), address)
         return client
 
     # Requests
@@ -199,74 +182,51 @@ class Gateway:
             return False
 
     async def _answer(self, entrance: Entrance, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive, send, self._table)
+        request, end = Request(scope, receive, send, self._table), self._accounts.close
         origin = self._tell_browsers(request) if entrance.lists_origins else None
         try:
             target = entrance.admit(scope, request.headers, request.noted)
             if origin is not None and (allowed := preflight(scope["method"], request.headers)) is not None:
                 await respond(request.send, 200, b"", request.id, allowed)
-                self._end(request, 200, "complete")
+                end(request, 200, "complete")
                 return
             request.identify(entrance, target)
             route = request.visitor.router.route(scope["method"], target)
             request.route = route.label
             if isinstance(route, Forward):
-                await self._forward(route, request, self._body(request))
+                await self._forwarding.forward(route, request)
             elif isinstance(route, Unified):
-                await self._forward_by_name(target, request)
-            elif isinstance(route, Logs):
-                request.visitor.require_admin()
-                await send_logs(self._running(), route.model, target.query, scope["method"], request)
-                self._end(request, 200, "complete")
-            elif route is Page.MODELS and events.wants_events(scope["method"], request.headers):
+                await self._forwarding.forward_by_name(target, request)
+            elif route is Page.MODELS and wants_events(scope["method"], request.headers):
                 await self._show_events(request)
             else:
-                status, body, media_type, headers = await self._page(route, request)
-                wants_body = scope["method"] != "HEAD"
-                await respond(
-                    request.send, status, body, request.id, headers, media_type=media_type, with_body=wants_body
-                )
-                self._end(request, status, "complete")
+                end(request, await self._site.answer(route, target, request), "complete")
         except ClientDisconnected:
-            self._end(request, None, "client_left")
+            end(request, None, "client_left")
         except GatewayError as error:
             await respond_with_error(scope, request.send, error, request_id=request.id, anthropic=request.anthropic)
-            self._end(request, error.status, request.outcome_of(error), error.code)
+            end(request, error.status, request.outcome_of(error), error.code)
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive, send, self._table)
+        request, end = Request(scope, receive, send, self._table), self._accounts.close
         entrance = request.table.entrance
         try:
             target = entrance.admit(scope, request.headers, request.noted)
             request.identify(entrance, target)
             route = request.visitor.router.route_websocket(target)
             request.route, request.model = route.label, route.model
-            await self._converse(route, request)
+            await self._forwarding.converse(route, request)
         except GatewayError as error:
             fields = [(b"content-type", b"application/json"), *error.headers, (b"x-request-id", request.id)]
             await refuse(scope, send, error.status, fields, error.body(anthropic=request.anthropic))
-            self._end(request, error.status, request.outcome_of(error), error.code)
+            end(request, error.status, request.outcome_of(error), error.code)
         except HandshakeRefused as refusal:
             headers = response_headers(refusal.headers, request_id=request.id)
             fields = [pair for pair in headers if pair[0] not in HANDSHAKE_HEADERS]
             await refuse(scope, send, refusal.status, fields, refusal.body)
             if request.lease is not None and refusal.body:
                 request.lease.count(len(refusal.body))
-            self._end(request, refusal.status, "complete")
-
-    async def _converse(self, route: Forward, request: Request) -> None:
-        lease = self._running().scheduler.lease(route.model, wait=request.preferred_wait)
-        lease.owes_answer = False
-        request.lease = lease
-        handshake = Handshake(
-            route.target,
-            self._headers(route, request),
-            [word for word in request.scope.get("subprotocols") or () if word not in request.visitor.keys.subprotocols],
-            request.id,
-            self.config.settings.max_body_bytes,
-        )
-        relay = WebSocketRelay(handshake, lease, request.receive, request.send, self._trace(request, lease))
-        await self._run(relay, request)
+            end(request, refusal.status, "complete")
 
     def _tell_browsers(self, request: Request) -> bytes | None:
         """Let a listed site's pages read the answer; the page's origin."""
@@ -274,126 +234,12 @@ class Gateway:
         request.send = answering(request.send, origin)
         return origin
 
-    async def _forward_by_name(self, target: Target, request: Request) -> None:
-        catalog, body = request.visitor.seen(self._running().catalog), self._body(request)
-        introduce = partial(self._introduce, request, body)
-        model, request.headers = await choose_model(catalog, body, request.headers, target.query, introduce)
-        route = request.visitor.router.named(model, request.scope["method"], target)
-        await self._forward(route, request, body)
-
-    async def _introduce(self, request: Request, body: RequestBody, model: str) -> None:
-        """Wait until ``model`` is ready, as a request to it does, and learn what its server calls itself."""
-        fleet, request.model = self._running(), model
-        lease = fleet.scheduler.lease(model, wait=request.preferred_wait)
-        race = race_departure(body.client_left)
-        lease.interrupt = race.interrupt
-        async with race:
-            async with lease:
-                await fleet.catalog.meet(model)
-            return
-        raise lease.shutting_down() if lease.was_cut else ClientDisconnected
-
-    async def _forward(self, route: Forward, request: Request, body: RequestBody) -> None:
-        request.model = route.model
-        lease = self._running().scheduler.lease(route.model, wait=request.preferred_wait)
-        request.lease = lease
-        wants_news = asks_for_progress(request.noted)
-        news = (lambda: what_it_does(lease.status)) if wants_news else None
-        trace = self._trace(request, lease)
-        writer_of = (request.scope.get("extensions") or {}).get("fluidmcp.write")
-        relay = Relay(self._outgoing(route, request), body, lease, request.send, news, trace, writer_of)
-        await self._run(relay, request)
-
-    def _trace(self, request: Request, lease: Lease) -> Trace | None:
-        if self._begin_trace is not None:
-            request.trace = self._begin_trace(request.headers, request.elapsed, lease, lambda: lease.status)
-        return request.trace
-
-    async def _run(self, relay: Relay | WebSocketRelay, request: Request) -> None:
-        try:
-            await relay.run()
-        except (GatewayError, HandshakeRefused):
-            raise  # it will be answered
-        except BaseException as error:  # aborted, or cancelled by the ASGI server
-            outcome = relay.outcome if isinstance(error, AnswerTruncated) else "cut"
-            self._end(request, relay.status or None, outcome, relay.code)
-            raise
-        self._end(request, relay.status or None, relay.outcome, relay.code)
-
-    def _end(self, request: Request, status: int | None, outcome: str, code: str = "-") -> None:
-        """The one place where a request is accounted for. That a page was shown is counted, and has no line."""
-        record = request.record(status, outcome, code)
-        self._tally.count(record)
-        if request.trace is not None:
-            request.trace.end(record)
-        is_page = record.model == "-" and outcome == "complete"
-        if not is_page:
-            self._report(record)
-
-    def _body(self, request: Request) -> RequestBody:
-        settings = self.config.settings
-        return RequestBody(request.receive, request.noted, settings.max_body_bytes, settings.body_timeout)
-
-    def _outgoing(self, route: Forward, request: Request) -> Outgoing:
-        method = request.scope["method"].encode("ascii")
-        return Outgoing(method, route.target, self._headers(route, request), request.id, request.anthropic)
-
-    def _headers(self, route: Forward, request: Request) -> list[tuple[bytes, bytes]]:
-        scope, client = request.scope, request.scope.get("client")
-        scheme: str = scope.get("scheme", "http")
-        spent = request.visitor.keys.headers
-        if scope["type"] == "websocket":
-            spent |= HANDSHAKE_HEADERS
-        return request_headers(
-            request.headers,
-            host=request.table.hosts[route.model],
-            client=client[0] if client else None,
-            scheme=_HTTP_SCHEMES.get(scheme, scheme),
-            drop=spent,
-            request_id=request.id,
-            authorization=request.table.authorizations[route.model],
-            http_version=scope.get("http_version", "1.1"),
-        )
-
-    async def _page(
-        self, route: Page | ModelPage | StaticFile | ListedModel | Action, request: Request
-    ) -> pages.Answer:
-        if route is Page.HEALTH:
-            return pages.health()
-        if isinstance(route, StaticFile):
-            return pages.static(route.name)
-        if route is Page.STATUS:
-            path = request.scope["path"]
-            return pages.static("page.html") if path.endswith("/") else pages.below_itself(path)
-        fleet, visitor = self._running(), request.visitor
-        names = visitor.router.names
-        if route is Page.READY:
-            ready = pages.ready(fleet.scheduler, names, closing=fleet.closing)
-            return ready if visitor.is_known else ready._replace(body=b"")
-        if route is Page.LIST or isinstance(route, ListedModel):
-            catalog = visitor.seen(fleet.catalog)
-            await catalog.refresh()
-            return pages.listed(catalog, route.name) if isinstance(route, ListedModel) else pages.listing(catalog)
-        if route is Page.METRICS:
-            visitor.require_all()
-            return pages.Answer(200, await _exposition()(self._tally, fleet), pages.PROMETHEUS)
-        if isinstance(route, Action):
-            visitor.require_admin()
-            act(fleet, route.model, route.verb, request.key)
-            return pages.model(fleet.scheduler, route.model)._replace(status=202)
-        if isinstance(route, ModelPage):
-            return pages.model(fleet.scheduler, route.model)
-        return pages.models(fleet.scheduler, names)
-
     async def _show_events(self, request: Request) -> None:
         self._running()
-        assert self._feed is not None
-        visitor, request.route = request.visitor, events.LABEL
-        event = partial(events.Snapshot.event, names=visitor.router.names, admin=visitor.is_admin)
         try:
-            await events.show(self._feed, event, request.receive, request.send, request.id)
+            await self._site.show_events(request)
         finally:
-            self._end(request, 200, "complete")
+            self._accounts.close(request, 200, "complete")
 
     def _running(self) -> Fleet:
         if self._fleet is None:
@@ -403,37 +249,11 @@ class Gateway:
         return self._fleet
 
 
-class _LeasedTransport:
-    """A model's transport for ``Gateway.client``: each exchange holds a lease, as a request from outside does."""
-
-    def __init__(self, gateway: Gateway, model: str) -> None:
-        self._gateway = gateway
-        self._model = model
-
-    @asynccontextmanager
-    async def exchange(
-        self, method: bytes, target: bytes, headers: Headers, body: Body = None
-    ) -> AsyncIterator[Response]:
-        lease = self._gateway._running().scheduler.lease(self._model)
-        async with lease as transport, transport.exchange(method, target, headers, body) as response:
-            yield response
-
-    async def aclose(self) -> None:
-        """Leave the connections to the gateway."""
-
-
 def _trace_type() -> type[Trace]:
     """Imported when it is wanted: OpenTelemetry is an extra."""
     from fluidmcp_proxy.gateway.tracing import Trace
 
     return Trace
-
-
-def _exposition() -> Callable[[Tally, Fleet], Awaitable[bytes]]:
-    """Imported when a gateway runs: prometheus_client looks around in ``/proc`` when it is."""
-    from fluidmcp_proxy.gateway.metrics import exposition
-
-    return exposition
 
 
 @asynccontextmanager
