@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -183,7 +184,11 @@ async def test_a_head_that_was_held_leaves_before_the_end() -> None:
 
 
 @pytest.mark.parametrize("fails", [True, False])
-async def test_an_app_without_an_answer(fails: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_app_without_an_answer(
+    fails: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # uvicorn's own is silenced by servers that other tests run.
+    monkeypatch.setattr("fluidmcp_proxy.cli.cycle.logger", logging.getLogger("tests.cycle"))
     over = Over()
 
     async def app(*_: Any) -> None:
