@@ -18,10 +18,16 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def port() -> Iterator[str]:
+    """A free port. It is held without listening, so that nobody else is given it before the stub listens there."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield str(held.getsockname()[1])
+
+
+@pytest.fixture
+def client(port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     stub = [str(HERE / "stub_server.py"), "serve", "facebook/opt-125m", "--port", port]
     config = tmp_path / "models.json"
     config.write_text(json.dumps({"llmModels": {"vllm": {"command": sys.executable, "args": stub}}}))

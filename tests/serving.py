@@ -137,7 +137,7 @@ def _hypercorn(app: Any) -> Iterator[int]:
     thread.start()
     try:
         ready.wait(DEADLINE)
-        eventually(lambda: _listens(port), "hypercorn started")
+        eventually(lambda: listens(port), "hypercorn started")
         yield port
     finally:
         loop.call_soon_threadsafe(over.set)
@@ -146,7 +146,8 @@ def _hypercorn(app: Any) -> Iterator[int]:
         loop.close()
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody takes a connection."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
     return False

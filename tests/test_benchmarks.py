@@ -18,6 +18,8 @@ import peers
 import plot
 import pytest
 
+from tests.serving import eventually, free_port, listens
+
 ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler"
@@ -35,17 +37,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def upstream(programs: Path) -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     with subprocess.Popen([programs / "upstream", str(port)]) as process:
         try:
-            for _ in range(1000):
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    threading.Event().wait(0.01)
+            eventually(lambda: listens(port), "the server listens")
             yield port
         finally:
             process.kill()
@@ -53,7 +48,7 @@ def upstream(programs: Path) -> Iterator[int]:
 
 def streams(programs: Path, port: int, count: int) -> dict[str, Any]:
     command = [str(programs / "streams"), str(port), "/v1/chat/completions", str(count), "0.2", "20000"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=60, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=100, check=False)
     seen: dict[str, Any] = json.loads(done.stdout)
     assert done.returncode == (seen["complete"] != seen["streams"])
     return seen

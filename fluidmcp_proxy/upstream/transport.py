@@ -128,11 +128,17 @@ class AsyncioTransport:
         except (OSError, UnicodeError) as error:  # TimeoutError and ssl.SSLError are OSErrors
             raise UpstreamUnavailable("The model's server cannot be reached.") from error
         self.opened += 1
-        if self._closed:  # meanwhile: nobody else would close this one
-            connection.fail(UpstreamUnavailable("The connections to the model's server are closed."))
+        self._keep(connection)
+
+    def _keep(self, connection: Connection | WebSocket) -> None:
+        if self._closed:  # meanwhile, and nobody else would close this one
+            error = UpstreamUnavailable("The connections to the model's server are closed.")
+            connection.fail(error)
+            raise error
         if not connection.is_open():
             # Nothing of the request has left, so this is still a connect that failed.
             raise UpstreamUnavailable("The model's server closed the connection at once.")
+        self._all.add(connection)
 
     async def _dial(self, connection: Connection | WebSocket) -> None:
         loop, address = asyncio.get_running_loop(), self._address
@@ -142,8 +148,6 @@ class AsyncioTransport:
             await loop.create_unix_connection(lambda: connection, address.uds, ssl=tls, server_hostname=name)
         else:
             await loop.create_connection(lambda: connection, address.host, address.port, ssl=tls, server_hostname=name)
-        if connection.is_open():
-            self._all.add(connection)
 
     def _settle(self) -> asyncio.AbstractEventLoop:
         """The running event loop; on another one than before nothing is kept, since it made its sockets itself."""

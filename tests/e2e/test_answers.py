@@ -116,7 +116,7 @@ def _emptied(value: Any) -> Any:
 
 def test_stream_arrives_as_it_is_generated(gateway: Gateway) -> None:
     """Each time some of the answer has come, vLLM is still at work on the rest."""
-    body = {**CHAT, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {**CHAT, "max_tokens": 400, "ignore_eos": True, "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=120)
     connection.request("POST", "/smol/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()

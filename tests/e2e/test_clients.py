@@ -75,7 +75,7 @@ def test_openai_stream_cancelled_half_way(gateway: Gateway, client: openai.OpenA
             if number == 20:
                 break
         assert gateway.running() == 1
-    eventually(lambda: gateway.running() == 0, "the cancelled generation has ended", 5)
+    eventually(lambda: gateway.running() == 0, "the cancelled generation has ended", 30)
     assert gateway.generated() - before < LONG["max_tokens"], "it was finished, not aborted"
 
 
@@ -97,9 +97,9 @@ async def test_openai_async_cancelled(gateway: Gateway, async_client: openai.Asy
             await async_client.chat.completions.create(**LONG)
 
         tasks.start_soon(ask)
-        await anyio.to_thread.run_sync(lambda: eventually(lambda: gateway.running() == 1, "it generates", 20))
+        await anyio.to_thread.run_sync(lambda: eventually(lambda: gateway.running() == 1, "it generates", 60))
         tasks.cancel_scope.cancel()
-    eventually(lambda: gateway.running() == 0, "the cancelled generation has ended", 5)
+    eventually(lambda: gateway.running() == 0, "the cancelled generation has ended", 30)
     assert gateway.generated() - before < LONG["max_tokens"], "it was finished, not aborted"
 
 

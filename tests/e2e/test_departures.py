@@ -12,8 +12,8 @@ from .vllm import Gateway, eventually
 LENGTH = 900
 """Tokens of each answer: ten seconds and more."""
 LONG = {"model": "smol", "prompt": "Once upon a time", "max_tokens": LENGTH, "ignore_eos": True}
-SOON = 5.0
-"""Seconds. It takes 0.2 on a quiet machine."""
+SOON = 30.0
+"""Seconds. It takes 0.2 on a quiet machine; whether they were aborted is told by what was generated."""
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "not-streamed"])

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from tests.ports import free_port
 
 Launch = Literal["run", "uvicorn", "socket", "transformers"]
 """How the gateway is started; ``socket``: as ``run``, with a vLLM that nobody has given a port; ``transformers``: as
@@ -34,13 +35,6 @@ def eventually(condition: Callable[[], Any], what: str, deadline: float) -> Any:
         assert time.monotonic() < end, f"not within {deadline} s: {what}"
         time.sleep(0.03)
     return result
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fluidmcp_proxy.cli.run import _CUT_GRACE
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.settings import GatewaySection, Settings, variable
-from tests.serving import STUB, free_port, serving
+from tests.serving import DEADLINE, STUB, free_port, serving
 
 DEPLOY = STUB.parent / "deploy"
 DOCKERFILE = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
@@ -39,7 +39,7 @@ def tool(name: str) -> str:
 
 
 def accepted(*command: str | Path) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -88,7 +88,7 @@ def test_the_container_has_settings_that_exist() -> None:
 def health_check(port: int) -> int:
     words = json.loads(instruction("HEALTHCHECK").partition("CMD ")[2])
     assert words[0] == "python3"
-    text = words[2].replace(":8099/", f":{port}/")
+    text = words[2].replace(":8099/", f":{port}/").replace("timeout=4", f"timeout={DEADLINE}")
     return subprocess.run([sys.executable, words[1], text], stderr=subprocess.DEVNULL, check=False).returncode
 
 
@@ -98,7 +98,7 @@ def test_the_containers_health_check() -> None:
     config = parse_config({"llmModels": models, "gateway": settings}, environ={})
     with serving(Gateway(config)) as port:
         assert health_check(port) == 0
-    assert health_check(port) != 0
+    assert health_check(free_port()) != 0
 
 
 def test_the_stop_time_out_that_docker_is_given() -> None:
@@ -134,7 +134,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 def complaints(analyze: str, unit: Path) -> list[str]:
     """What is said about the unit; a directive that cannot be read is no failure of the command."""
-    result = subprocess.run([analyze, "verify", unit], capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run([analyze, "verify", unit], capture_output=True, text=True, check=False, timeout=100)
     return [line for line in result.stderr.splitlines() if unit.name in line]
 
 

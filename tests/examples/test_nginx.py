@@ -24,7 +24,7 @@ from fluidmcp_proxy import Gateway
 from fluidmcp_proxy.cli.run import _KEEP_ALIVE
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.config.settings import GatewaySection
-from tests.serving import DEADLINE, STUB, answers, eventually, free_port, serving, stub
+from tests.serving import DEADLINE, STUB, answers, eventually, free_port, listens, serving, stub
 
 TEXT = (STUB.parent / "deploy" / "nginx.conf").read_text()
 NAME = "llm.example.com"
@@ -104,20 +104,12 @@ def running(nginx: str, folder: Path, gateway: int) -> Iterator[int]:
     assert "warn" not in tested.stderr
     process = subprocess.Popen(command)
     try:
-        eventually(lambda: process.poll() is not None or accepts(port), "nginx listens")
+        eventually(lambda: process.poll() is not None or listens(port), "nginx listens")
         assert process.poll() is None, (folder / "error.log").read_text()
         yield port
     finally:
         process.terminate()
         process.wait(DEADLINE)
-
-
-def accepts(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 def event(answer: http.client.HTTPResponse) -> bytes:

@@ -185,7 +185,7 @@ def test_websockets(upstream: int) -> None:
         assert refused(port, "/m/v1/realtime", {"Origin": SITE})[0] == 403
         with dial(port, "/m/v1/realtime", {"Origin": f"http://127.0.0.1:{port}"}) as client:
             client.send("x")
-            assert client.recv(timeout=10) == "x"
+            assert client.recv(timeout=DEADLINE) == "x"
 
 
 # CORS
