@@ -8,7 +8,6 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from tests.serving import STUB, eventually
 
@@ -26,20 +25,17 @@ class Mark:
         return {"PATH": os.environ["PATH"], "FAULT_TEST": self.value, **more}
 
     def pids(self) -> set[int]:
-        """Those that are no zombies, which have no environment any more.
-
-        The youngest are looked at first: in a storm of forks a process lives for milliseconds.
-        """
-        pids = sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True)
-        return {pid for pid in pids if self.value.encode() in content(pid, "environ")}
+        """Those that are no zombies, which have no environment any more."""
+        value = self.value.encode()
+        return {pid for pid in everyone() if value in content(pid, "environ")}
 
     def count(self) -> int:
         return len(self.pids())
 
     def wait_for(self, number: int) -> set[int]:
-        """Wait until exactly that many are alive."""
-        eventually(lambda: self.count() == number, f"{number} processes, not {self.count()}")
-        return self.pids()
+        """Wait until exactly that many are alive; one look, since they may come and go between two."""
+        found: set[int] = eventually(lambda: [pids for pids in [self.pids()] if len(pids) == number], "so many")[0]
+        return found
 
     def kill(self) -> None:
         for pid in self.pids():
@@ -48,13 +44,14 @@ class Mark:
 
 
 def everyone() -> list[int]:
-    """Every process that is no zombie."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and is_alive(int(name))]
+    """Every process, the youngest first: one that forks and exits all the time is gone when its turn comes late."""
+    return sorted(map(int, filter(str.isdigit, os.listdir("/proc"))), reverse=True)
 
 
 def content(pid: int, name: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
     except OSError:
         return b""
 
@@ -77,8 +74,7 @@ def guardians(parent: int) -> list[int]:
 
 def children(parent: int) -> list[int]:
     """Its children, zombies included."""
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in pids if (fields := stat(pid)) and int(fields[1]) == parent]
+    return [pid for pid in everyone() if (fields := stat(pid)) and int(fields[1]) == parent]
 
 
 @contextlib.contextmanager

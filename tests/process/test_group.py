@@ -46,10 +46,18 @@ async def run_shell(mark: Mark, script: str, **options: object) -> tuple[ExitSta
 
 
 async def members(mark: Mark, at_least: int) -> set[int]:
+    """Wait until so many have been seen; not at once, since of a storm one look finds some and the next one others."""
+    seen: set[int] = set()
     with anyio.fail_after(READY_WITHIN):
-        while len(pids := mark.pids()) < at_least:
+        while len(seen := seen | mark.pids()) < at_least:
             await anyio.sleep(0.01)
-    return pids
+    return seen
+
+
+async def until_said(output: Output, words: str) -> None:
+    with anyio.fail_after(READY_WITHIN):
+        while output.tail(1) != [words]:
+            await anyio.sleep(0.01)
 
 
 async def test_the_head_runs_in_a_session_of_its_own(mark: Mark) -> None:
@@ -190,7 +198,7 @@ def test_the_path_of_the_environment_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "count"),  # of the three in a storm, one: the others may be dying and not born yet
+    ("options", "count"),
     [
         (["--children", "2"], 3),
         (["--children", "2", "--ignore-sigterm"], 3),
@@ -199,8 +207,8 @@ def test_the_path_of_the_environment_counts(tmp_path: Path) -> None:
         (["--double-fork"], 2),
         (["--double-fork", "--ignore-sigterm"], 2),
         (["--stopped-child"], 2),
-        (["--fork-storm"], 2),
-        (["--children", "2", "--grandchild", "--double-fork", "--stopped-child", "--fork-storm"], 7),
+        (["--fork-storm"], 3),
+        (["--children", "2", "--grandchild", "--double-fork", "--stopped-child", "--fork-storm"], 8),
     ],
 )
 @pytest.mark.parametrize("leader", ["stopped", "killed"])
@@ -227,31 +235,26 @@ async def until_none(mark: Mark) -> None:
 
 
 async def test_sigterm_is_tried_first_and_given_time(mark: Mark, tmp_path: Path) -> None:
-    script = f"trap 'sleep 0.2; touch {tmp_path}/tidy; exit 0' TERM; echo ready; while :; do sleep 0.01; done"
+    # The shell itself writes: a program that it starts meanwhile is told to end, too, and may not come to writing.
+    script = f"trap 'sleep 0.2; : > {tmp_path}/tidy; exit 0' TERM; echo ready; while :; do sleep 0.01; done"
     output = Output(None)
     async with running(mark, "/bin/sh", "-c", script, output=output) as group:
-        with anyio.fail_after(READY_WITHIN):
-            while not output.tail(1):
-                await anyio.sleep(0.01)
+        await until_said(output, "ready")
     assert (await group.wait()) == ExitStatus(code=0)
     assert (tmp_path / "tidy").exists()
 
 
 async def test_a_stopped_head_gets_its_sigterm(mark: Mark) -> None:
-    began = time.monotonic()
     async with running(mark, "/bin/sleep", "60", stop_timeout=20) as group:
         os.kill(group.pid, signal.SIGSTOP)
-    assert time.monotonic() - began < 10
-    assert await group.wait() == ExitStatus(signal=signal.SIGTERM)
+    assert await group.wait() == ExitStatus(signal=signal.SIGTERM)  # after the grace it would have been SIGKILL
 
 
 async def test_output_written_while_it_ends_is_kept(mark: Mark) -> None:
     output = Output(None)
     script = "trap 'echo last words; exit' TERM; echo ready; while :; do sleep 0.01; done"
     async with running(mark, "/bin/sh", "-c", script, output=output):
-        with anyio.fail_after(READY_WITHIN):
-            while not output.tail(1):
-                await anyio.sleep(0.01)
+        await until_said(output, "ready")
     assert output.tail(1) == ["last words"]
 
 
@@ -264,7 +267,7 @@ async def test_a_killed_guardian_is_noticed_and_its_tree_ended(mark: Mark, optio
         await members(mark, 3)
         (guardian,) = guardians(os.getpid())
         os.kill(guardian, signal.SIGKILL)
-        with anyio.fail_after(1):
+        with anyio.fail_after(READY_WITHIN):
             status = await group.wait()
         assert "guardian" in str(status)
     assert not mark.pids()
@@ -280,9 +283,7 @@ async def test_a_guardian_that_hangs_is_done_without(mark: Mark, monkeypatch: py
 
 
 async def test_the_guardian_is_idle_while_nothing_happens(mark: Mark) -> None:
-    def ticks() -> int:
-        fields = Path(f"/proc/{guardian}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
+    """It comes to rest, and then half a second passes in which it does not run at all."""
 
     def switches() -> int:
         lines = Path(f"/proc/{guardian}/status").read_text().splitlines()
@@ -292,13 +293,12 @@ async def test_the_guardian_is_idle_while_nothing_happens(mark: Mark) -> None:
     async with running(mark, *argv, stop_timeout=1) as group:
         await members(mark, 1)
         (guardian,) = guardians(os.getpid())
-        with anyio.move_on_after(0.1):
-            await group.wait()
-        before = switches(), ticks()
-        with anyio.move_on_after(0.5):
-            await group.wait()
-        assert switches() - before[0] <= 2
-        assert ticks() - before[1] <= 1
+        with anyio.fail_after(READY_WITHIN):
+            before = -1
+            while switches() != before:
+                before = switches()
+                with anyio.move_on_after(0.5):
+                    await group.wait()
 
 
 # -- ways to leave
@@ -315,12 +315,11 @@ async def test_an_exception_in_the_body_passes_through(mark: Mark) -> None:
 
 
 async def test_cancelled_at_every_await(mark: Mark) -> None:
-    """The cancellation arrives after ever more turns of the event loop, until the end comes first."""
+    """The cancellation arrives ever later, until the end comes first."""
     reached_the_end = False
     step = 0
     while not reached_the_end:
-        step += 1
-        assert step < 1_000_000
+        step += max(1, step // 6)
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(cancel_after, scope, step)
@@ -331,12 +330,13 @@ async def test_cancelled_at_every_await(mark: Mark) -> None:
                 tasks.cancel_scope.cancel()
         assert not mark.pids()
         assert not guardians(os.getpid())
-        step += step // 5  # each one at the start
 
 
-async def cancel_after(scope: anyio.CancelScope, checkpoints: int) -> None:
-    for _ in range(checkpoints):
+async def cancel_after(scope: anyio.CancelScope, step: int) -> None:
+    """After so many turns of the event loop; after the first 20, the others being milliseconds."""
+    for _ in range(min(step, 20)):
         await anyio.lowlevel.checkpoint()
+    await anyio.sleep(max(0, step - 20) / 1000)
     scope.cancel()
 
 
@@ -399,11 +399,11 @@ def path_of_cgroup(pid: int) -> list[str]:
 async def test_a_cgroup_of_its_own_that_goes_with_the_tree(mark: Mark, cgroups: Path, guardian_dies: bool) -> None:
     argv = [*STUB_COMMAND, "--never-ready", "--grandchild", "--ignore-sigterm"]
     async with running(mark, *argv, stop_timeout=0.1) as group:
-        mark.wait_for(3)
+        await members(mark, 3)
         (made,) = (folder for folder in cgroups.glob("fluidmcp-*") if folder.name in path_of_cgroup(group.pid))
-        members = {int(line) for line in (made / "cgroup.procs").read_text().split()}
-        assert members == mark.pids()
-        assert os.getpid() not in members
+        inside = {int(line) for line in (made / "cgroup.procs").read_text().split()}
+        assert inside == mark.pids()
+        assert os.getpid() not in inside
         if guardian_dies:
             os.kill(guardians(os.getpid())[0], signal.SIGKILL)
             await group.wait()
@@ -416,8 +416,7 @@ async def test_a_storm_after_its_guardian_is_killed(mark: Mark, monkeypatch: pyt
     """Without a cgroup's help, and also when the head dies with it."""
     monkeypatch.setattr("fluidmcp_proxy.process.tree.kill_cgroup", lambda folder: None)
     async with running(mark, *STUB_COMMAND, "--never-ready", "--fork-storm", "--ignore-sigterm") as group:
-        while mark.count() < 2:
-            await anyio.sleep(0.01)
+        await members(mark, 2)
         os.kill(guardians(os.getpid())[0], signal.SIGKILL)
         if victim == "both":
             with suppress(ProcessLookupError):
@@ -444,8 +443,7 @@ async def test_what_is_forked_during_the_grace_is_told_too(mark: Mark) -> None:
     output = Output(None)
     began = 0.0
     async with running(mark, sys.executable, "-c", LATE_FORK, stop_timeout=60, output=output):
-        while output.tail(1) != ["ready"]:
-            await anyio.sleep(0.01)
+        await until_said(output, "ready")
         began = time.monotonic()
     assert time.monotonic() - began < 30
     assert mark.pids() == set()

@@ -14,7 +14,7 @@ import pytest
 
 from fluidmcp_proxy.process.listener import can_verify, port_is_free, resolve, verified_address
 from tests.process.marks import STUB_COMMAND, Mark
-from tests.serving import free_port, stub
+from tests.serving import DEADLINE, free_port, stub
 
 pytestmark = pytest.mark.anyio
 
@@ -30,12 +30,7 @@ def listening(host: str, port: int = 0, *, only_v6: bool = True, reuse_port: boo
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            server.bind((host, port))
-        except OSError:
-            if ":" in host:
-                pytest.skip("no IPv6 here")
-            raise
+        server.bind((host, port))
         server.listen()
         yield server.getsockname()[1]
 
@@ -60,12 +55,20 @@ def listening(host: str, port: int = 0, *, only_v6: bool = True, reuse_port: boo
     ],
 )
 async def test_a_listener_is_found_where_it_can_be_reached(listens: str, asked: str, taken: bool) -> None:
-    with listening(listens, only_v6="ffff" not in listens) as port:
+    if ":" in listens and not has_ipv6():
+        pytest.skip("no IPv6 here")
+    with listening(listens, free_port(), only_v6="ffff" not in listens) as port:
         assert await port_is_free(asked, port) is not taken
         address, is_strangers = verified_address(port, await resolve(asked), US)
         assert (address is not None, is_strangers) == (taken, False)
         assert verified_address(port, await resolve(asked), [])[1] is taken
     assert await port_is_free(asked, port)
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
 
 
 async def test_a_port_in_time_wait_is_free() -> None:
@@ -119,7 +122,7 @@ async def test_the_first_address_that_is_listened_on_is_taken() -> None:
 async def test_the_socket_of_a_process_that_is_gone_is_nobody_s(mark: Mark) -> None:
     port = free_port()
     with subprocess.Popen([*STUB_COMMAND, "--port", str(port)], env=mark.environment(), stdout=-3) as process:
-        with anyio.fail_after(10):
+        with anyio.fail_after(DEADLINE):
             while await port_is_free("127.0.0.1", port):
                 await anyio.sleep(0.01)
         assert verified_address(port, ("127.0.0.1",), [process.pid, 2**22 + 1]) == ("127.0.0.1", False)
@@ -129,6 +132,13 @@ async def test_the_socket_of_a_process_that_is_gone_is_nobody_s(mark: Mark) -> N
 async def test_names_are_resolved() -> None:
     assert await resolve("127.0.0.1") == ("127.0.0.1",)
     assert "127.0.0.1" in await resolve("localhost")
+
+
+async def test_a_name_that_nobody_knows_stands_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:  # a real resolver would be asked over the network
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     assert await resolve("name.invalid") == ("name.invalid",)
     assert await port_is_free("name.invalid", 80)
 
@@ -137,6 +147,6 @@ async def test_elsewhere_than_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_verify()
     monkeypatch.setattr("fluidmcp_proxy.process.listener.sys.platform", "darwin")
     assert not can_verify()
-    with listening("127.0.0.1") as port:
+    with listening("127.0.0.1", free_port()) as port:
         assert not await port_is_free("127.0.0.1", port)
     assert await port_is_free("127.0.0.1", port)

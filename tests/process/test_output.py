@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -15,6 +16,7 @@ from anyio.abc import ByteReceiveStream
 
 from fluidmcp_proxy.process import output as module
 from fluidmcp_proxy.process.output import MAX_LINE_BYTES, MAX_LINES, Output
+from tests.serving import DEADLINE
 
 SECRET = "correct-horse-battery"
 
@@ -187,12 +189,15 @@ async def test_a_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogC
     assert output.tail(2) == ["line 99", "the next launch"]
     assert len(caplog.records) == 1
     assert "cannot be written" in caplog.text
-    with anyio.fail_after(1):
+    with anyio.fail_after(DEADLINE):
         await output.drained()
 
 
 def test_no_descriptor_stays_open(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    output = Output(tmp_path / "m.log")
+    path = tmp_path / "m.log"
+    output = Output(path)
     anyio.run(output.drain, Blocks(iter([b"one\n"])))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert path.exists()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the folder itself
+            assert os.readlink(f"/proc/self/fd/{number}") != str(path)

@@ -97,8 +97,8 @@ async def test_what_a_dead_owner_leaves_is_waited_for(
                 pass
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_after, 0.05, guardian.close)
-            with anyio.fail_after(10):
-                async with own("config", tmp_path, 10):
+            with anyio.fail_after(DEADLINE):
+                async with own("config", tmp_path, DEADLINE):
                     assert guardian.closed
 
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from fluidmcp_proxy.process import tree
-from tests.process.marks import STUB_COMMAND, Mark
+from tests.process.marks import STUB_COMMAND, Mark, content
+from tests.serving import eventually
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -54,7 +55,8 @@ def test_descendants_on_a_kernel_without_lists_of_children(
 def test_members_by_their_mark_or_by_their_session(mark: Mark, start: Start) -> None:
     marked = start("/bin/sleep", "60", start_new_session=True)
     scrubbed = start("/usr/bin/env", "-i", "/bin/sleep", "60", start_new_session=True)
-    mark.wait_for(1)  # env has become sleep, without the mark
+    # env has become sleep, without the mark. In the moment of an exec a process has neither arguments nor a mark.
+    eventually(lambda: content(scrubbed.pid, "cmdline").startswith(b"/bin/sleep") and mark.pids() == {marked.pid})
     head = tree.find(scrubbed.pid)
     assert head is not None
     marker = f"FAULT_TEST={mark.value}"
@@ -80,8 +82,7 @@ ctypes.CDLL(None).syscall(60, 0)  # exit(2) of this thread only
     if os.uname().machine != "x86_64":
         pytest.skip("the number of the system call is x86-64's")
     process = start(sys.executable, "-I", "-S", "-c", script)
-    while tree._read(str(process.pid)) is not None and not _is_zombie(process.pid):
-        pass
+    eventually(lambda: _is_zombie(process.pid), "the end of its main thread")
     assert tree.find(process.pid) is not None
     process.kill()
 
