@@ -41,6 +41,8 @@ PATIENCE = 300.0
 # Received and not yet taken: above this the server is paused. A message counts as a little more than its bytes.
 _HIGH_WATER = 64 * 1024
 _OVERHEAD = 64
+# How long a message waits for a server that does not read: its client is not heard meanwhile.
+_HOLD = 0.25
 # How long the server may take to answer that its client has left.
 _CLOSE_TIMEOUT = 0.8
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
@@ -74,6 +76,7 @@ class WebSocket(asyncio.Protocol):
     ) -> None:
         self._loop = loop
         self._on_gone = on_gone
+        self._max_message = max_message
         offered = [Subprotocol(name) for name in subprotocols if _TOKEN(name)] or None
         # Where it is connected to, and under which names, is not this object's business.
         uri = WebSocketURI(False, "", 80, "/", "")
@@ -157,10 +160,12 @@ class WebSocket(asyncio.Protocol):
     async def send(self, message: str | bytes) -> None:
         """Send a message as soon as the server has taken those before; dropped when the connection has ended.
 
-        That it waits before and not after lets the caller see its client leave while the server does not read.
+        It waits before and not after, and not for long, so that the caller hears its client leave while the server does
+        not read. What that lets pile up, a few messages a second, is at most what one message may have.
         """
         if self._drained is not None:
-            await self._drained
+            full = self._transport.get_write_buffer_size() > self._max_message
+            await asyncio.wait((self._drained,), timeout=None if full else _HOLD)
         if not self.is_open():
             return  # receive() tells why
         if isinstance(message, str):

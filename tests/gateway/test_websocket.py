@@ -442,13 +442,21 @@ def test_the_client_leaves_during_the_handshake(gateway: int, upstream: int) -> 
     eventually(lambda: stats(upstream)["running"] == 0, "the server is rid of it")
 
 
-def test_the_client_leaves_a_server_that_does_not_read(server: str) -> None:
-    with stub() as upstream, serving(remote(upstream), server) as port, dial(port) as client:
+@pytest.mark.parametrize(("how", "waiting"), [("leave", 0), ("leave", 2), ("close", 2)])
+def test_the_client_leaves_a_server_that_does_not_read(server: str, how: str, waiting: int) -> None:
+    """Whatever it has sent before waits for the server, and its leaving behind that."""
+    records, servers = Records(), contextlib.ExitStack()
+    gateway = remote(servers.enter_context(stub()), report=records)
+    with servers, serving(gateway, server) as port, dial(port) as client:
         client.send("stub:deaf")
         client.send(b"x" * 10_000_000)
+        for _ in range(waiting):
+            client.send("x")
         eventually(lambda: model(port)["in_flight"] == 1, "it is inside")
-        leave(client)
+        client.close_timeout = DEADLINE
+        client.close(4000) if how == "close" else leave(client)
         eventually(lambda: model(port)["in_flight"] == 0, "it has left")
+        assert records.next().outcome == ("complete" if how == "close" and server != "hypercorn" else "client_left")
 
 
 def test_messages_that_are_too_large(upstream: int) -> None:
@@ -553,7 +561,9 @@ def test_a_slow_client_slows_the_server(upstream: int, server: str) -> None:
 
 
 @pytest.mark.parametrize("server", UVICORN, indirect=True)
-def test_a_server_that_does_not_read_slows_the_client(server: str) -> None:
+def test_a_server_that_does_not_read_slows_the_client(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a message of the largest size, 64 MiB, waits for it."""
+    monkeypatch.setattr("fluidmcp_proxy.upstream.websocket._HOLD", 0.01)
     sent = 0
 
     def send() -> None:

@@ -681,6 +681,35 @@ async def test_a_server_that_does_not_read_slows_the_sender(wire: str) -> None:
 
 
 @RAW
+async def test_what_a_server_does_not_read_piles_up_to_one_message_of_the_largest_size(
+    wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the sender's own side is looked at again."""
+    monkeypatch.setattr(websocket, "_HOLD", 0.001)
+    limit, size, proceed, seen = 5_000_000, 50_000, anyio.Event(), 0
+
+    async def talk(speaker: Speaker) -> None:
+        nonlocal seen
+        speaker.peer.stop_reading()
+        await proceed.wait()
+        while await speaker.next() is not None:
+            seen += 1
+
+    async with opened(wire, talk, limit=limit) as socket, anyio.create_task_group() as tasks:
+
+        async def send() -> None:
+            for _ in range(1000):
+                await socket.send(b"x" * size)
+
+        tasks.start_soon(send)
+        await _until_still(socket._transport.get_write_buffer_size)
+        assert limit < socket._transport.get_write_buffer_size() < limit + 2 * size
+        assert seen == 0
+        proceed.set()
+        await _until(lambda: seen == 1000)
+
+
+@RAW
 async def test_a_sender_that_waits_is_let_go_when_the_connection_is_lost(wire: str) -> None:
     proceed = anyio.Event()
 
