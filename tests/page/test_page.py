@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ pytestmark = pytest.mark.page
 expect.set_options(timeout=DEADLINE * 1000)
 
 ADMIN = {"admin_keys": [ADMIN_KEY]}
-LOADING = ["--load-time", "1.5", "--progress", "10", "--token-interval", "0.02"]
 
 
 @contextmanager
@@ -64,30 +64,36 @@ def in_order(wanted: list[str], seen: list[str]) -> bool:
     return all(state in rest for state in wanted)
 
 
-def test_a_model_loads_crashes_and_comes_back(page: Page, launching: Any) -> None:
-    gateway = launching({"m": LOADING})
+def test_a_model_loads_crashes_and_comes_back(page: Page, launching: Any, short_path: Path) -> None:
+    loaded = short_path / "loaded"
+    gateway = launching({"m": ["--load-time", "0.1", "--progress", "10", "--load-until", str(loaded)]})
     with looking_at(gateway, page):
         state = card(page, "m").locator(".state")
         expect(state).to_have_text("starting")
         states_of(page, "m")
         expect(card(page, "m").get_by_role("progressbar")).to_be_visible()
+        loaded.touch()
         expect(state).to_have_text("ready")
+        loaded.unlink()
         expect(page.get_by_text("live", exact=True)).to_be_visible()
         pid = gateway.status("m").pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         expect(card(page, "m").locator(".last_exit")).to_contain_text("SIGKILL")
         expect(card(page, "m").locator(".restarts")).to_have_text("1")
+        expect(state).to_have_text("starting")
+        loaded.touch()
         expect(state).to_have_text("ready")
+        expect(page.locator("#news")).to_have_text("m is ready")
         seen, told = page.evaluate("[seen, told]")
-        assert in_order(["starting", "ready", "backoff", "ready"], seen) or in_order(
-            ["starting", "ready", "starting", "ready"], seen
-        )
+        assert in_order(["starting", "ready", "starting", "ready"], seen)
         assert told[-1] == "m is ready"
 
 
-def test_a_streamed_chat(page: Page, launching: Any) -> None:
-    gateway = launching({"m": ["--token-interval", "0.05"], "other": []})
+def test_a_streamed_chat(page: Page, launching: Any, short_path: Path) -> None:
+    """Of which the page shows a part before the rest is made."""
+    rest = short_path / "rest"
+    gateway = launching({"m": ["--hang-after", "10", "--hang-until", str(rest)], "other": []})
     with looking_at(gateway, page):
         expect(card(page, "m").locator(".state")).to_have_text("ready")
         page.get_by_label("Model", exact=True).select_option("m")
@@ -96,9 +102,10 @@ def test_a_streamed_chat(page: Page, launching: Any) -> None:
         page.keyboard.press("Enter")
         answer = page.locator("#talk p.assistant")
         expect(answer).to_contain_text("word")
-        assert page.get_by_role("button", name="Stop", exact=True).is_enabled()  # it has not come whole
+        assert page.get_by_role("button", name="Stop", exact=True).is_enabled()
+        rest.touch()
         expect(page.get_by_role("button", name="Send")).to_be_enabled()
-        assert "word" in answer.inner_text()
+        assert "word39" in answer.inner_text()
         expect(page.locator("#chat-note")).to_have_text("")
         chart = card(page, "m").get_by_role("img", name="tokens/s")
         expect(chart).to_have_attribute("aria-label", re.compile(r"at most (?!0\b)"))
@@ -186,6 +193,7 @@ def test_below_a_mount_point(page: Page, launching: Any) -> None:
 @pytest.mark.parametrize("width", [320, 1200])
 def test_accessibility(browser: Browser, launching: Any, scheme: Any, width: int) -> None:
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
+    context.set_default_timeout(DEADLINE * 1000)
     page = context.new_page()
     gateway = launching(
         {"good": [], "bad": ["--crash", "CUDA out of memory"], "slow": ["--never-ready"]}, ADMIN, max_restarts=0
@@ -245,6 +253,7 @@ DAYS = """
 """
 
 
+@pytest.mark.timeout(900)
 def test_days_do_not_make_it_grow(page: Page, launching: Any) -> None:
     """A day of events, as fast as frames are drawn, with models that come and go."""
     page.add_init_script(DAYS)
@@ -253,7 +262,7 @@ def test_days_do_not_make_it_grow(page: Page, launching: Any) -> None:
 
     def size_at(second: int) -> tuple[float, float]:
         page.evaluate("until => { window.until = until; }", second)
-        page.wait_for_function("until => window.second >= until", arg=second, timeout=100_000)
+        page.wait_for_function("until => window.second >= until", arg=second, timeout=300_000)
         for _ in range(3):
             page.evaluate("new Promise(requestAnimationFrame)")
             chromium.send("HeapProfiler.collectGarbage")
