@@ -11,9 +11,11 @@ import anyio
 import pytest
 
 from fluidmcp_proxy.gateway.departure import race_departure
+from tests.models.virtual_time import BACKEND
 from tests.serving import DEADLINE
 
 BACKENDS = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+IN_NO_TIME = pytest.mark.parametrize("anyio_backend", [BACKEND])
 pytestmark = pytest.mark.anyio
 
 
@@ -106,6 +108,7 @@ async def test_a_deadline_inside_the_block_is_its_own() -> None:
                     await anyio.sleep_forever()
 
 
+@IN_NO_TIME
 async def test_a_short_block_asks_nobody() -> None:
     asked = False
 
@@ -166,6 +169,7 @@ async def test_each_is_watched_in_its_own_context() -> None:
     assert sorted(seen) == ["a", "b", "c"]
 
 
+@IN_NO_TIME
 async def test_many_blocks_need_one_timer_and_none_when_they_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     set_: list[asyncio.TimerHandle] = []
