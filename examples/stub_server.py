@@ -43,7 +43,7 @@ With --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1 as vLLM has them: /sleep, /w
 
 Per request, as a header `x-stub-NAME: VALUE` or in the JSON body as {"stub": {"NAME": VALUE}}: token-interval,
 answer-delay, hang, hang-after, hang-until, cut-after, cut-how (fin, rst or exit), garbage, status, error-after
-(tokens).
+(tokens), paced-by (a file: the first N tokens, or pieces, are sent when it has N bytes).
 `x-stub-response-header: NAME: VALUE` (may be repeated) adds a header to the answer.
 """
 
@@ -203,9 +203,9 @@ async def load(options: argparse.Namespace) -> None:
     log(f"Loading weights took {options.load_time:.2f} seconds", "default_loader.py:308")
 
 
-async def there(path: str) -> None:
-    while not os.path.exists(path):
-        await asyncio.sleep(0.01)
+async def there(path: str, size: int = 0) -> None:
+    while not os.path.exists(path) or os.path.getsize(path) < size:
+        await asyncio.sleep(0.002)
 
 
 # -- HTTP --------------------------------------------------------------------------------------------------------------
@@ -548,6 +548,7 @@ class Server:
         for number in range(form.limit):
             if hang_after is not None and number == hang_after:
                 await self.hang(request)
+            await self.pace(request, number)
             await self.pause(interval)
             if self.stopping.is_set():
                 form.finish_reason = "abort"
@@ -555,6 +556,10 @@ class Server:
             self.tokens += 1
             self.iterations += 1
             yield form.next_word()
+
+    async def pace(self, request: Request, number: int) -> None:
+        if path := request.knobs.get("paced-by"):
+            await there(path, number + 1)
 
     async def hang(self, request: Request) -> None:
         if until := request.knobs.get("hang-until", self.options.hang_until):
@@ -641,7 +646,8 @@ class Server:
         out.chunked = chunked or "chunked" in request.query
         length = "transfer-encoding: chunked" if out.chunked else f"content-length: {len(body)}"
         out._head(int(request.number("status", 200) or 200), [f"content-type: {media}", length])
-        for start in range(0, len(body), size):
+        for number, start in enumerate(range(0, len(body), size)):
+            await self.pace(request, number)
             await out.write(body[start : start + size])
             if interval:
                 await asyncio.sleep(interval)

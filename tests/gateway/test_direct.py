@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -54,9 +55,44 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
 
 
 @pytest.fixture(scope="module")
+def upstream() -> Iterator[int]:
+    """A server that nobody else leaves."""
+    with stub() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
 def port(upstream: int) -> Iterator[int]:
     with serving(remote(upstream), SERVER) as port:
         yield port
+
+
+@pytest.fixture
+def pace(tmp_path: Path) -> str:
+    """What an answer is paced by that is read ``in_step``."""
+    return str(tmp_path / "pace")
+
+
+def in_step(port: int, head: str, body: bytes, pace: str, mark: bytes = b"data: ") -> bytes:
+    """The body of a chunked answer of which nothing is made before what was made last is here: no two are one piece.
+
+    Each piece has one ``mark``.
+    """
+    request = f"{head}\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as connection:
+        connection.sendall(request.encode() + body)
+        Path(pace).write_bytes(b"x")
+        while data := connection.recv(65536):
+            received += data
+            Path(pace).write_bytes(b"x" * (1 + received.count(mark)))
+    return received.partition(b"\r\n\r\n")[2]
+
+
+def stream_in_step(port: int, pace: str, **knobs: Any) -> bytes:
+    asked = {"model": "m", "max_tokens": 20, "stream": True, "messages": []}
+    body = json.dumps({**asked, "stub": {"paced-by": pace, **knobs}}).encode()
+    return in_step(port, "POST /m/v1/chat/completions HTTP/1.1", body, pace)
 
 
 def events(body: bytes) -> list[bytes]:
@@ -65,8 +101,8 @@ def events(body: bytes) -> list[bytes]:
     return whole
 
 
-def test_a_stream_is_whole_and_goes_the_direct_way(port: int, writes: Writes) -> None:
-    _, body, _ = ask(port, token_interval=0.002)
+def test_a_stream_is_whole_and_goes_the_direct_way(port: int, writes: Writes, pace: str) -> None:
+    body = stream_in_step(port, pace)
     assert body.endswith(LAST_CHUNK)
     data = unchunked(body)
     assert events(data)[-1] == b"data: [DONE]"
@@ -76,14 +112,14 @@ def test_a_stream_is_whole_and_goes_the_direct_way(port: int, writes: Writes) ->
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_it_is_accounted_for_as_ever(upstream: int, writes: Writes, replicas: int) -> None:
+def test_it_is_accounted_for_as_ever(upstream: int, writes: Writes, pace: str, replicas: int) -> None:
     records: list[RequestRecord] = []
     with contextlib.ExitStack() as stack:
         ports = [upstream, stack.enter_context(stub())][:replicas]
         entry = {"endpoints": [{"base_url": f"http://127.0.0.1:{port}/v1"} for port in ports]}
         gateway = Gateway(parse_config({"llmModels": {"m": entry}}, environ={}), report=records.append)
         port = stack.enter_context(serving(gateway, SERVER))
-        _, body, _ = ask(port, token_interval=0.002)
+        body = stream_in_step(port, pace)
         eventually(lambda: records, "the record")
     data = unchunked(body)
     assert records[0].outcome == "complete"
@@ -132,9 +168,10 @@ def test_nothing_is_lost_however_the_events_are_divided(port: int, piece: int, e
     assert replay(port, content, piece) == content
 
 
-def test_a_body_of_another_kind(port: int, writes: Writes) -> None:
+def test_a_body_of_another_kind(port: int, writes: Writes, pace: str) -> None:
     content = bytes(range(256)) * 4
-    assert replay(port, content, 100, "audio/mpeg") == content
+    head = f"POST /m/v1/replay?piece=256&type=audio/mpeg HTTP/1.1\r\nx-stub-paced-by: {pace}"
+    assert unchunked(in_step(port, head, content, pace, mark=b"\xff")) == content
     assert writes.pieces
 
 
@@ -154,11 +191,10 @@ def test_a_reader_that_stops_stops_the_server_and_loses_nothing(upstream: int, w
 
         def has_stopped() -> bool:
             samples.append(scheduler.progress("m"))
-            return len(samples) > 20 and len(set(samples[-20:])) == 1
+            return writes.refused > 0 and len(samples) > 20 and len(set(samples[-20:])) == 1
 
         eventually(has_stopped, "no more is taken")
         assert 0 < samples[-1] < size / 4
-        assert writes.refused
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         while data := connection.recv(1 << 20):
             received += data
@@ -177,6 +213,7 @@ def quickly_unchunked(body: bytes) -> bytes:
 
 
 def test_a_client_that_leaves_ends_it(port: int, upstream: int, writes: Writes) -> None:
+    eventually(lambda: stats(upstream)["running"] == 0, "those before have left")
     before = stats(upstream)["aborted"]
     with asking(port, stream=True, max_tokens=100_000, stub={"token-interval": 0.005}) as connection:
         received = b""
@@ -187,22 +224,22 @@ def test_a_client_that_leaves_ends_it(port: int, upstream: int, writes: Writes) 
     assert stats(upstream)["aborted"] == before + 1
 
 
-def test_a_silence_that_lasts_too_long(upstream: int, writes: Writes) -> None:
-    with serving(remote(upstream, stream_idle_timeout=0.5), SERVER) as port:
-        _, body, _ = ask(port, token_interval=0.01, hang_after=10)
+def test_a_silence_that_lasts_too_long(upstream: int, writes: Writes, pace: str) -> None:
+    with serving(remote(upstream, stream_idle_timeout=1), SERVER) as port:
+        body = stream_in_step(port, pace, **{"hang-after": 10})
     assert not body.endswith(LAST_CHUNK)
     assert json.loads(events(unchunked(body))[-1].removeprefix(b"data: "))["error"]["code"] == "upstream_timeout"
     assert writes.pieces
 
 
-def test_a_stream_that_is_cut_by_the_end_of_the_gateway(upstream: int, writes: Writes) -> None:
+def test_a_stream_that_is_cut_by_the_end_of_the_gateway(upstream: int, writes: Writes, pace: str) -> None:
     entry = {"endpoints": {"base_url": f"http://127.0.0.1:{upstream}/v1"}}
     document = {"llmModels": {"m": entry}, "gateway": {"drain_timeout": 0.2}}
     gateway = Gateway(parse_config(document, environ={}))
     answers: list[bytes] = []
 
     def read(port: int) -> None:
-        answers.append(ask(port, token_interval=0.01, hang_after=15)[1])
+        answers.append(stream_in_step(port, pace, **{"hang-after": 15}))
 
     with serving(gateway, SERVER) as port:
         reader = threading.Thread(target=read, args=(port,))
