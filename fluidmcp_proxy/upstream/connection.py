@@ -9,53 +9,39 @@ import asyncio
 import os
 import select
 from collections.abc import Callable
-from typing import cast
 
 from fluidmcp_proxy.errors import UpstreamDisconnected, UpstreamInvalidResponse, UpstreamTimeout
 from fluidmcp_proxy.upstream.answer import Answer
+from fluidmcp_proxy.upstream.flow_control import HIGH_WATER, FlowControl
 
 __all__ = ["Connection", "Sink"]
 
 Sink = Callable[[bytes], bool]
 """Takes a piece of a body at once, or returns false."""
 
-# Received and not yet taken: above this the server is paused.
-_HIGH_WATER = 64 * 1024
 
-
-class Connection(asyncio.Protocol):
+class Connection(FlowControl):
     """See the module. ``error`` is why the exchange cannot go on, once the bytes that arrived before are taken."""
 
     __slots__ = (
-        "_buffered",
         "_busy",
-        "_drained",
         "_heard",
         "_limit",
-        "_loop",
         "_on_gone",
-        "_paused",
         "_poll",
         "_sink",
         "_timer",
-        "_transport",
         "_uploading",
-        "_waiter",
         "answer",
         "error",
         "idle_since",
     )
 
-    _transport: asyncio.Transport
-
     def __init__(self, loop: asyncio.AbstractEventLoop, on_gone: Callable[[Connection], None]) -> None:
-        self._loop = loop
+        super().__init__(loop)
         self._on_gone = on_gone
         self._poll = select.poll()
-        self._busy = self._paused = self._uploading = False
-        self._buffered = 0
-        self._waiter: asyncio.Future[None] | None = None
-        self._drained: asyncio.Future[None] | None = None
+        self._busy = self._uploading = False
         self._sink: Sink | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._limit = self._heard = 0.0
@@ -108,14 +94,6 @@ class Connection(asyncio.Protocol):
         self.close()
         self._wake()
 
-    async def wait(self) -> None:
-        """Wait until the head, more of the body, the end or an error is there."""
-        waiter = self._waiter = self._loop.create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-
     async def pour(self, sink: Sink) -> None:
         """As ``wait``, but what arrives is given to ``sink`` and needs no wait to end, until it is refused.
 
@@ -146,9 +124,7 @@ class Connection(asyncio.Protocol):
         chunk = parts[0] if len(parts) == 1 else b"".join(parts)
         parts.clear()
         self._buffered = 0
-        if self._paused:
-            self._paused = False
-            self._transport.resume_reading()
+        self._resume()
         return chunk
 
     def write(self, data: bytes) -> None:
@@ -169,7 +145,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the event loop."""
-        self._transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
@@ -189,9 +165,8 @@ class Connection(asyncio.Protocol):
             return
         if answer.parts and not answer.complete:
             self._buffered += len(data)
-            if self._buffered > _HIGH_WATER and not self._paused:
-                self._paused = True
-                self._transport.pause_reading()
+            if self._buffered > HIGH_WATER:
+                self._pause()
         if answer.head_done:
             self._wake()
 
@@ -211,16 +186,6 @@ class Connection(asyncio.Protocol):
         self.answer.discard()
         self.resume_writing()
         self._on_gone(self)
-
-    def pause_writing(self) -> None:
-        """Called by the event loop."""
-        self._drained = self._loop.create_future()
-
-    def resume_writing(self) -> None:
-        """Called by the event loop."""
-        drained, self._drained = self._drained, None
-        if drained is not None and not drained.done():
-            drained.set_result(None)
 
     def _passes_on(self, sink: Sink) -> bool:
         """Whether there is nothing left for whoever waits."""
@@ -249,19 +214,14 @@ class Connection(asyncio.Protocol):
         self._timer = None
         self.fail(UpstreamTimeout("The model's server did not answer in time."))
 
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
     def _salvage(self) -> None:
         """Read the answer of a server that refused an upload and hung up: sending failed, its words are still here."""
         if self._transport.get_extra_info("sslcontext") is not None:
             return
         fd = self._transport.get_extra_info("socket").fileno()
         try:
-            while not self.answer.complete and self._buffered <= _HIGH_WATER:
-                data = os.read(fd, _HIGH_WATER)
+            while not self.answer.complete and self._buffered <= HIGH_WATER:
+                data = os.read(fd, HIGH_WATER)
                 if not data:
                     self.eof_received()
                     return

@@ -16,7 +16,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import anyio
 from websockets.client import ClientProtocol
@@ -28,6 +28,7 @@ from websockets.uri import WebSocketURI
 
 from fluidmcp_proxy.errors import UpstreamInvalidResponse, UpstreamTimeout
 from fluidmcp_proxy.upstream.endings import can_be_sent, ending_of, fit_reason, lost, pairs_of
+from fluidmcp_proxy.upstream.flow_control import HIGH_WATER, FlowControl
 from fluidmcp_proxy.upstream.framing import encode_head
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ __all__ = ["WebSocket"]
 PING_AFTER = 20.0
 PATIENCE = 300.0
 
-# Received and not yet taken: above this the server is paused. A message counts as a little more than its bytes.
-_HIGH_WATER = 64 * 1024
+# A message that is not taken counts as a little more than its bytes.
 _OVERHEAD = 64
 # How long a message waits for a server that does not read: its client is not heard meanwhile.
 _HOLD = 0.25
@@ -58,14 +58,12 @@ class _Discreet(logging.LoggerAdapter[logging.Logger]):
 _logger = _Discreet(logging.getLogger("fluidmcp_proxy.upstream"), {})
 
 
-class WebSocket(asyncio.Protocol):
+class WebSocket(FlowControl):
     """One connection; ``receive()`` is for one task, ``send()`` for one other.
 
     ``headers`` are those of the server's 101, ``subprotocol`` the one that it chose, ``bytes_received`` the size of all
     messages taken so far. Names that are no tokens (RFC 6455 §4.1) are not offered as subprotocols.
     """
-
-    _transport: asyncio.Transport
 
     def __init__(
         self,
@@ -74,7 +72,7 @@ class WebSocket(asyncio.Protocol):
         subprotocols: Sequence[str],
         max_message: int,
     ) -> None:
-        self._loop = loop
+        super().__init__(loop)
         self._on_gone = on_gone
         self._max_message = max_message
         offered = [Subprotocol(name) for name in subprotocols if _TOKEN(name)] or None
@@ -83,14 +81,10 @@ class WebSocket(asyncio.Protocol):
         self._wire = ClientProtocol(uri, subprotocols=offered, max_size=max_message, logger=_logger)
         self._response: Response | None = None
         self._messages: deque[tuple[str | bytes, int]] = deque()  # each with its size
-        self._buffered = 0
         self._fragments: list[bytes] = []
         self._is_text = False
-        self._paused = False
         self._leaving = False
         self._end: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._drained: asyncio.Future[None] | None = None
         self._gone = anyio.Event()
         self._heard = loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -129,7 +123,7 @@ class WebSocket(asyncio.Protocol):
         self._transport.write(encode_head(b"GET", target, [*headers, *ours]))
         self._watch_until(limit)
         while self._response is None and self._end is None:
-            await self._wait()
+            await self.wait()
         if self._response is None or self._wire.handshake_exc is not None:
             assert self._end is not None
             raise self._end
@@ -149,11 +143,12 @@ class WebSocket(asyncio.Protocol):
         while not self._messages:
             if self._end is not None:
                 raise self._end
-            await self._wait()
+            await self.wait()
         message, size = self._messages.popleft()
         self.bytes_received += size
         self._buffered -= size + _OVERHEAD
-        if self._paused and self._buffered <= _HIGH_WATER:
+        if self._paused and self._buffered <= HIGH_WATER:
+            self._heard = self._loop.time()  # until now its silence was ours
             self._resume()
         return message
 
@@ -206,10 +201,6 @@ class WebSocket(asyncio.Protocol):
 
     # The event loop's side.
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the event loop."""
-        self._transport = cast(asyncio.Transport, transport)
-
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
         self._heard = self._loop.time()
@@ -233,16 +224,6 @@ class WebSocket(asyncio.Protocol):
             self._timer.cancel()
         self._on_gone(self)
 
-    def pause_writing(self) -> None:
-        """Called by the event loop."""
-        self._drained = self._loop.create_future()
-
-    def resume_writing(self) -> None:
-        """Called by the event loop."""
-        drained, self._drained = self._drained, None
-        if drained is not None and not drained.done():
-            drained.set_result(None)
-
     # Between the two.
 
     def _digest(self) -> None:
@@ -254,9 +235,8 @@ class WebSocket(asyncio.Protocol):
                 self._take(event)
         if (end := ending_of(self._wire, self._response)) is not None:
             self._over(end)
-        elif self._messages and self._buffered > _HIGH_WATER and not self._paused and not self._leaving:
-            self._paused = True
-            self._transport.pause_reading()
+        elif self._messages and self._buffered > HIGH_WATER and not self._leaving:
+            self._pause()
         self._wake()
 
     def _take(self, frame: Frame) -> None:
@@ -292,13 +272,6 @@ class WebSocket(asyncio.Protocol):
             if data:
                 self._transport.write(data)
 
-    def _resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            self._heard = self._loop.time()
-            if not self._transport.is_closing():
-                self._transport.resume_reading()
-
     def _watch_until(self, limit: float | None) -> None:
         if limit is not None:
             late = UpstreamTimeout("The model's server did not answer in time.")
@@ -317,14 +290,3 @@ class WebSocket(asyncio.Protocol):
             self._flush()
         if self.is_open():
             self._timer = self._loop.call_later(PING_AFTER, self._keep_alive)
-
-    async def _wait(self) -> None:
-        waiter = self._waiter = self._loop.create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
