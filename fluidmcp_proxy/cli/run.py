@@ -7,7 +7,8 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
@@ -15,6 +16,7 @@ import anyio
 import anyio.abc
 import click
 import uvicorn
+from uvicorn.server import HANDLED_SIGNALS
 
 from fluidmcp_proxy.cli.control import serve_control
 from fluidmcp_proxy.cli.faults import BadConfiguration
@@ -96,7 +98,7 @@ def serve(config: GatewayConfig, read: Callable[[], GatewayConfig], terminal: Te
         server = _Server(gateway, reloading(gateway, read), listening, terminal)
         try:
             server.run(sockets=[listening])
-        except KeyboardInterrupt:  # before uvicorn has taken the signals, or after
+        except KeyboardInterrupt:  # before the server has taken the signals
             server.ended_by = signal.SIGINT
     terminal.flush()  # a signal leaves no time for it
     if server.ended_by is not None:
@@ -155,6 +157,13 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout) + _CUT_GRACE,
             )
         )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """For good: once uvicorn had given them back, another Ctrl-C would end this program in the midst of its end."""
+        for number in HANDLED_SIGNALS:
+            signal.signal(number, self.handle_exit)
+        yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end; the signal is raised again when all is done, and not, as uvicorn would, in the event loop."""

@@ -36,7 +36,8 @@ class Running:
 
         def look() -> list[str]:
             ended = self.process.poll() is not None
-            lines = [line for line in self.said.splitlines() if words in line]
+            complete, _, _ = self.said.rpartition("\n")
+            lines = [line for line in complete.splitlines() if words in line]
             assert lines or not ended, self.said
             return lines
 

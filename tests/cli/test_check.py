@@ -13,8 +13,24 @@ from typing import Any
 import pytest
 
 from fluidmcp_proxy.cli.check import check
+from fluidmcp_proxy.process.listener import port_is_free
+from tests.serving import free_port
 
 SECRET = "hunter2-hunter2"
+
+
+MODULE = sys.modules["fluidmcp_proxy.cli.check"]
+"""By its name: the package's attribute of that name is the command."""
+
+
+@pytest.fixture(autouse=True)
+def _nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the ports of these files, whatever else this machine runs."""
+
+    async def is_free(host: str, port: int) -> bool:
+        return True
+
+    monkeypatch.setattr(MODULE, "port_is_free", is_free)
 
 
 @pytest.fixture
@@ -124,9 +140,8 @@ def test_a_bad_setting_names_its_variable(run: Callable[..., Any], tmp_path: Pat
 def test_a_terminal_that_knows_only_ascii(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The module by its name: the package's attribute of that name is the command.
     terminal = SimpleNamespace(stdout=SimpleNamespace(encoding="ascii"))
-    monkeypatch.setattr(sys.modules["fluidmcp_proxy.cli.check"], "sys", terminal)
+    monkeypatch.setattr(MODULE, "sys", terminal)
     entry = {"command": str(program(tmp_path)), "args": ["mödel\x1b[2J\n", "--port", "8001"]}
     result = run({"llmModels": {"m": entry}})
     assert result.exit_code == 0
@@ -156,13 +171,11 @@ def test_an_address_that_others_can_reach_without_keys(
         assert "--allow-open" in outcome.stderr
 
 
-def test_a_port_that_is_taken(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_port_that_is_taken(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "port_is_free", port_is_free)
     program(tmp_path)
-    with socket.socket() as one, socket.socket() as two:
-        for listening in (one, two):
-            listening.bind(("127.0.0.1", 0))
-            listening.listen()
-        taken, gateways = (listening.getsockname()[1] for listening in (one, two))
+    taken, gateways = free_port(), free_port()
+    with socket.create_server(("127.0.0.1", taken)), socket.create_server(("127.0.0.1", gateways)):
         model = {"command": "server", "args": ["--port", str(taken)], "env": {"PATH": str(tmp_path)}}
         document = {"llmModels": {"m": model}, "gateway": {"port": gateways}}
         result = run(document)
