@@ -29,6 +29,8 @@ _NOTED = frozenset(
     {b"content-length", b"host", b"origin", b"prefer", b"transfer-encoding", b"upgrade", b"x-request-id"}
 )
 """Headers that the gateway itself reads."""
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+"""Those of RFC 9110 §9.3 and RFC 5789: all that is told of a method, since a client may make up any other."""
 _WAIT = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE).search
 
 
@@ -95,11 +97,17 @@ class Request:
             return "upstream_died"
         return "cut" if self.lease is not None and self.lease.was_cut else "refused"
 
+    @property
+    def _method(self) -> str:
+        if self.scope["type"] == "websocket":
+            return "WEBSOCKET"
+        method: str = self.scope["method"]
+        return method if method in _METHODS else "other"
+
     def record(self, status: int | None, outcome: str, code: str) -> RequestRecord:
         """What is known of it, now that it is over."""
         began, lease, seconds = self._began, self.lease, self.elapsed
-        method = self.scope.get("method", "WEBSOCKET")
-        about = self.id.decode(), method, self.route, self.model, status
+        about = self.id.decode(), self._method, self.route, self.model, status
         if lease is None:
             return RequestRecord(*about, 0, 0, seconds, None, None, outcome, code, self.key)
         first, sent = lease.first_byte_at, (lease.bytes_answered, lease.chunks_answered)

@@ -15,12 +15,14 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from websockets.sync.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
 
 from fluidmcp_proxy import ConfigError, Gateway
 from fluidmcp_proxy.config import settings
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.gateway import tracing
+from tests.gateway.records import Records
 from tests.serving import DEADLINE, STUB, eventually, free_port, raw_exchange, serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -147,6 +149,101 @@ def test_a_websocket(upstream: int, spans: InMemorySpanExporter) -> None:
             client.recv(timeout=DEADLINE)
         got = finished(spans, 2)
     assert parent_of(got["upstream"]) == id_of(got["WEBSOCKET /v1/realtime"])
+
+
+WHERE = ("key", "upstream", "env", "argument", "output", "query", "header", "body", "answer", "method")
+CANARY = {where: f"kanarie-{where}-0123456789abcdef" for where in WHERE}
+
+
+def test_nothing_that_is_told_of_requests_has_a_secret(
+    upstream: int, spans: InMemorySpanExporter, tmp_path: Path
+) -> None:
+    """No span has one in its name, attributes, events, links, status or resource; nor have access lines or metrics."""
+    records = Records()
+    with serving(with_secrets(upstream, tmp_path, records), "uvicorn-h11") as port:
+        got = ask(port, "launched", "/v1/echo").text
+        assert all(CANARY[where] in got for where in ("upstream", "query", "header")), "they have crossed"
+        ask(port, "launched", content=chat(stream=True, max_tokens=3))
+        ask(port, "launched", content=b"{" + CANARY["body"].encode())
+        ask(port, "remote", "/v1/replay", content=CANARY["answer"].encode())
+        ask(port, "remote", "/v1/raw", content=CANARY["answer"].encode())
+        ask(port, "remote", content=chat(stub={"cut-after": 300}, stream=True, max_tokens=50))
+        ask(port, "remote", "/v1/echo", method=CANARY["method"].upper())
+        ask(port, "nowhere")
+        assert "crashed" in ask(port, "broken").text
+        ask(port, "launched", headers={"prefer": "wait=0"})
+        with talking(port) as client:
+            client.send(CANARY["body"])
+            client.close(4000, CANARY["body"])
+        with talking(port) as client:
+            client.send("stub:raw " + CANARY["answer"].encode().hex())
+            with pytest.raises(ConnectionClosed):
+                client.recv(timeout=DEADLINE)
+        with pytest.raises(InvalidStatus), talking(port, **{"x-stub-status": "500"}):
+            pass
+        requests = 13
+        eventually(lambda: len(of_requests(spans)) == len(records.seen) == requests, "all have ended")
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=secret_headers(), timeout=DEADLINE).text
+    outcomes = {span.attributes["fluidmcp.outcome"] for span in of_requests(spans) if span.attributes}
+    assert outcomes >= {"complete", "upstream_died", "refused"}
+    exported = "".join(span.to_json() for span in spans.get_finished_spans())
+    assert "fluidmcp.outcome" in exported
+    assert "fluidmcp_requests_total" in metrics
+    for told in (exported, "\n".join(map(str, records.seen)), metrics):
+        assert "kanarie" not in told.lower()
+
+
+def with_secrets(upstream: int, folder: Path, report: Records) -> Gateway:
+    started = {"command": sys.executable, "restart_policy": "no", "env": {"HF_TOKEN": CANARY["env"]}}
+    args = [str(STUB), "serve", "--port", str(free_port()), "--hf-token", CANARY["argument"]]
+    models = {
+        "launched": {**started, "args": [*args, "--api-key", CANARY["upstream"]], "api_key": CANARY["upstream"]},
+        "broken": {**started, "args": [*args[:3], str(free_port()), "--crash", f"crashed {CANARY['output']}"]},
+        "remote": {"endpoints": {"base_url": f"http://127.0.0.1:{upstream}/v1"}},
+        "nowhere": {"endpoints": {"base_url": f"http://127.0.0.1:{free_port()}/v1"}},
+    }
+    settings = {"tracing": True, "api_keys": [CANARY["key"]]}
+    folders = {"log_dir": str(folder / "log"), "runtime_dir": str(folder / "run")}
+    config = parse_config({"llmModels": models, "gateway": {**settings, **folders}}, environ={})
+    return Gateway(config, report=report)
+
+
+def secret_headers(**more: str) -> dict[str, str]:
+    return {"x-api-key": CANARY["key"], "x-secret": CANARY["header"], "baggage": f"user={CANARY['header']}", **more}
+
+
+def chat(**keys: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": CANARY["body"]}], **keys}).encode()
+
+
+def ask(
+    port: int,
+    model: str,
+    path: str = "/v1/chat/completions",
+    *,
+    method: str = "POST",
+    content: bytes | None = None,
+    headers: dict[str, str] | None = None,
+) -> httpx.Response:
+    """The answer, or what came of it before it broke off."""
+    url = f"http://127.0.0.1:{port}/{model}{path}?token={CANARY['query']}"
+    headers = secret_headers(**(headers or {}))
+    content = chat() if content is None else content
+    with httpx.stream(method, url, content=content, headers=headers, timeout=DEADLINE) as answer:
+        try:
+            answer.read()
+        except httpx.RemoteProtocolError:
+            pass
+        return answer
+
+
+def talking(port: int, **headers: str) -> ClientConnection:
+    url = f"ws://127.0.0.1:{port}/remote/v1/realtime?token={CANARY['query']}"
+    return connect(url, additional_headers=secret_headers(**headers), proxy=None)
+
+
+def of_requests(spans: InMemorySpanExporter) -> list[ReadableSpan]:
+    return [span for span in spans.get_finished_spans() if span.kind is SpanKind.SERVER]
 
 
 def test_opentelemetry_is_imported_only_when_it_is_wanted() -> None:
