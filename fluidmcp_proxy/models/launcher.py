@@ -125,6 +125,7 @@ class _Process:
         self._model = model
         self._is_verifiable = model.verify_listener and can_verify()
         self._group = group
+        self._saw_a_stranger = False
 
     @property
     def pid(self) -> int | None:
@@ -143,17 +144,25 @@ class _Process:
             return address if taken else None
         addresses = await resolve(address.host)
         host, is_strangers = verified_address(address.port, addresses, self._group.pids())
-        if is_strangers:
-            raise _port_in_use(self._model, address)
+        self._refuse(is_strangers)
         return None if host is None else replace(address, host=host)
 
     def _listening_on_socket(self, path: str) -> Address | None:
         if not self._is_verifiable:
             return None if unix_socket.is_free(path) else self.address
         is_ours, is_strangers = unix_socket.verified(path, self._group.pids())
-        if is_strangers:
-            raise _port_in_use(self._model, self.address)
+        self._refuse(is_strangers)
         return self.address if is_ours else None
+
+    def _refuse(self, is_strangers: bool) -> None:
+        """A stranger is believed at the second look in a row.
+
+        The tree and the listeners are not read in one moment, so the first may lack a process that listens in the
+        second; and a list of children, some of which end meanwhile, may lack others (proc_pid_task(5)).
+        """
+        if is_strangers and self._saw_a_stranger:
+            raise _port_in_use(self._model, self.address)
+        self._saw_a_stranger = is_strangers
 
 
 def _port_in_use(model: ModelConfig, address: Address) -> CannotStart:

@@ -15,6 +15,7 @@ __all__ = ["sweep"]
 
 _PERIOD = 0.02
 _QUIET_LOOKS = 5
+_CGROUP_PATIENCE = 2.0
 
 
 async def sweep(head: tree.Process | None, marker: str, cgroup: str = "") -> None:
@@ -31,7 +32,9 @@ async def sweep(head: tree.Process | None, marker: str, cgroup: str = "") -> Non
             _kill(process)
             quiet = 0
         await anyio.sleep(_PERIOD)
-    tree.remove_cgroup(cgroup)
+    with anyio.move_on_after(_CGROUP_PATIENCE):
+        while not tree.remove_cgroup(cgroup):  # noqa: ASYNC110 - no event
+            await anyio.sleep(_PERIOD)
 
 
 def _kill(process: tree.Process) -> None:

@@ -6,6 +6,7 @@ marker in the environment they were started with. Linux only; elsewhere nothing 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -109,8 +110,11 @@ def kill_cgroup(folder: str) -> None:
             file.write("1")
 
 
-def remove_cgroup(folder: str) -> None:
-    """Remove it once it is empty."""
+def remove_cgroup(folder: str) -> bool:
+    """Remove it; False while a process is in it: one that is ending is known by nothing else any more."""
     if folder:
-        with suppress(OSError):
+        try:
             os.rmdir(folder)
+        except OSError as error:
+            return error.errno != errno.EBUSY
+    return True

@@ -16,6 +16,7 @@ from fluidmcp_proxy.models.state import ModelState, ModelStatus, Phase
 from fluidmcp_proxy.models.supervisor import Supervisor
 from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response, Sink, Transport
 from fluidmcp_proxy.upstream.websocket import WebSocket
+from tests.serving import DEADLINE
 
 ADDRESS = Address("http", "127.0.0.1", 8001)
 
@@ -220,12 +221,12 @@ class Rig:
 
     async def until(self, *states: str) -> None:
         """Wait until the model is in one of ``states``."""
-        with anyio.fail_after(5):
+        with anyio.fail_after(DEADLINE):
             await self.supervisor._until(lambda: self.supervisor.status.state in states)
 
     async def until_launched(self, count: int) -> FakeChild:
         """Wait for the ``count``-th launch."""
-        with anyio.fail_after(5):
+        with anyio.fail_after(DEADLINE):
             while len(self.launcher.children) < count:
                 await self.launcher.launched.wait()
         return self.launcher.children[count - 1]
@@ -238,5 +239,5 @@ async def running(rig: Rig) -> AsyncIterator[Rig]:
         tasks.start_soon(rig.supervisor.run)
         yield rig
         rig.supervisor.close()
-        with anyio.fail_after(5):
+        with anyio.fail_after(DEADLINE):
             await rig.supervisor._until(lambda: rig.supervisor.status.state in ("stopped", "failed"))

@@ -18,7 +18,7 @@ from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.models.fleet import open_fleet
 from fluidmcp_proxy.models.state import ModelStatus
 from tests.models.test_fleet import until
-from tests.serving import vllm_program
+from tests.serving import DEADLINE, vllm_program
 
 pytestmark = pytest.mark.anyio
 
@@ -91,7 +91,7 @@ async def test_a_stranger_at_the_socket_gets_no_request(configure: Configure, sh
         assert (status.reason, status.spawns) == ("port_in_use", 0)
         assert status.message is not None
         assert f"socket {path} is taken" in status.message
-        stranger.settimeout(5)
+        stranger.settimeout(DEADLINE)
         connection, _ = stranger.accept()  # that of the question whether anybody accepts
         with connection:
             assert connection.recv(1) == b""

@@ -19,8 +19,14 @@ from fluidmcp_proxy.models.server import Server
 from fluidmcp_proxy.models.state import ModelState, ModelStatus
 from fluidmcp_proxy.upstream.client import Body, Headers, Response, Transport
 from tests.models.doubles import FakeResponse
+from tests.models.virtual_time import BACKEND
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return BACKEND
 
 
 class Lister:

@@ -107,7 +107,7 @@ async def test_a_stranger_on_the_port_gets_no_request(configure: Configure) -> N
         assert (status.reason, status.spawns) == ("port_in_use", 0)
         assert status.message is not None
         assert f"port {port} (localhost) is taken" in status.message
-        stats = httpx.get(f"http://127.0.0.1:{port}/stub/stats").json()
+        stats = httpx.get(f"http://127.0.0.1:{port}/stub/stats", timeout=DEADLINE).json()
     assert stats["requests"] == 2  # by this test: when it was started, and just now
 
 
@@ -124,15 +124,6 @@ async def test_a_stranger_that_comes_between_a_crash_and_the_restart(configure: 
             stranger.setblocking(False)
             with pytest.raises(BlockingIOError):  # nobody has even connected
                 stranger.accept()
-
-
-async def _stats(port: int) -> dict[str, int] | None:
-    async with httpx.AsyncClient() as client:
-        try:
-            stats: dict[str, int] = (await client.get(f"http://127.0.0.1:{port}/stub/stats")).json()
-        except httpx.TransportError:
-            return None
-        return stats
 
 
 async def test_a_child_that_listens_is_the_model_s(configure: Configure, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import anyio
 import pytest
@@ -13,8 +14,15 @@ from fluidmcp_proxy.errors import UpstreamDisconnected
 from fluidmcp_proxy.models.liveness import until_stalled
 from fluidmcp_proxy.upstream.client import Body, Headers, Response
 from tests.models.doubles import ADDRESS, FakeResponse, FakeTransport, Rig, running
+from tests.models.virtual_time import BACKEND
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return BACKEND
+
 
 STALL = 0.05
 

@@ -16,8 +16,15 @@ from fluidmcp_proxy.models.state import Phase
 from fluidmcp_proxy.upstream.client import Address, Body, Headers, Response, Sink
 from fluidmcp_proxy.upstream.websocket import WebSocket
 from tests.models.doubles import FakeResponse, FakeServer, FakeTransport, model
+from tests.models.virtual_time import BACKEND
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return BACKEND
+
 
 HEADERS = [(b"host", b"localhost"), (b"x-session", b"s")]
 PROMPT = json.dumps({"prompt": "a" * 3000}).encode()

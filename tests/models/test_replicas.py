@@ -14,8 +14,14 @@ from fluidmcp_proxy.models.replicas import ReplicaSet
 from fluidmcp_proxy.models.scheduler import Scheduler
 from fluidmcp_proxy.models.state import ModelState, Phase
 from tests.models.doubles import ADDRESS, FakeServer, model
+from tests.models.virtual_time import BACKEND
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return BACKEND
 
 
 class Rig:

@@ -23,9 +23,8 @@ from fluidmcp_proxy.config.models import GatewayConfig
 from fluidmcp_proxy.errors import GatewayError, UpstreamUnavailable
 from fluidmcp_proxy.models.fleet import Fleet, open_fleet
 from fluidmcp_proxy.models.state import ModelStatus, ReplicaStatus
-from fluidmcp_proxy.process.listener import free_port
 from tests.models.test_fleet import until
-from tests.serving import DEADLINE, STUB, eventually, serving, stub, vllm_program
+from tests.serving import DEADLINE, STUB, eventually, free_port, serving, stub, vllm_program
 
 pytestmark = pytest.mark.anyio
 
@@ -44,7 +43,7 @@ def configure(short_path: Path) -> Configure:
         launched = {"command": program, "args": ["serve", "m", *arguments], "replicas": 3}
         patience = {"restart_delay": 0.01, "stop_timeout": 0.3}
         model = keys if "endpoints" in keys else {**launched, **patience, **keys}
-        gateway = {"log_dir": str(short_path / "log"), "runtime_dir": str(short_path / "run"), "drain_timeout": 5}
+        gateway = {"log_dir": str(short_path / "log"), "runtime_dir": str(short_path / "run"), "drain_timeout": 30}
         return parse_config({"llmModels": {"m": model}, "gateway": gateway}, environ={"PATH": os.environ["PATH"]})
 
     return make
@@ -91,7 +90,7 @@ class Load:
     async def more(self, count: int) -> None:
         """Wait for so many more answers."""
         wanted = self.done + count
-        with anyio.fail_after(20):
+        with anyio.fail_after(DEADLINE):
             while self.done < wanted:
                 await anyio.sleep(0.005)
 
@@ -119,15 +118,16 @@ async def test_one_of_three_is_killed_and_only_what_was_inside_it_fails(configur
                 victim = replicas(fleet)[round_]
                 before = len(under.failures)
                 assert victim.pid is not None
+                os.kill(victim.pid, signal.SIGSTOP)  # what is inside stays there
+                await under.more(60)
                 os.kill(victim.pid, signal.SIGKILL)
                 await until(fleet, "m", lambda status, n=round_: status.replicas[n].spawns == 2)  # type: ignore[misc]
                 await until(fleet, "m", all_ready)
                 await under.more(60)
                 # What was inside was disconnected, and nobody else was told anything, also not that nobody is there. A
                 # client has one request inside, so it fails once at most.
-                assert {error.code for error in under.failures[before:]} <= {"upstream_disconnected"}
+                assert {error.code for error in under.failures[before:]} == {"upstream_disconnected"}
                 assert len(under.failures) - before <= under.clients
-        assert under.failures  # else nothing was inside, and this has shown nothing
         assert len(under.failures) < under.done / 10
         status = fleet.scheduler.statuses()["m"]
         assert [replica.in_flight for replica in status.replicas] == [0, 0, 0]
@@ -142,7 +142,7 @@ async def test_a_rolling_restart_fails_no_request(configure: Configure) -> None:
             pids = [replica.pid for replica in replicas(fleet)]
             fewest = len(pids)
             fleet.scheduler.restart("m")
-            with anyio.fail_after(20):
+            with anyio.fail_after(DEADLINE):
                 while not all(replica.spawns == 2 and replica.state == "ready" for replica in replicas(fleet)):
                     fewest = min(fewest, sum(replica.state == "ready" for replica in replicas(fleet)))
                     await anyio.sleep(0.001)
@@ -206,7 +206,7 @@ async def test_a_chosen_port_that_is_taken_meanwhile_is_chosen_anew(
     chosen: list[int] = []
 
     def choose(host: str) -> int:
-        port = taken if not chosen else free_port(host)
+        port = taken if not chosen else free_port()
         chosen.append(port)
         return port
 
@@ -230,7 +230,9 @@ async def test_servers_that_somebody_else_runs(configure: Configure) -> None:
     with stub() as one, stub() as other:
         urls = [{"base_url": f"http://127.0.0.1:{port}/v1"} for port in (one, other, 9)]  # nobody is at the third
         async with open_fleet(configure(endpoints=urls)) as fleet:
-            await until(fleet, "m", "ready")
+            await until(
+                fleet, "m", lambda status: [each.state for each in status.replicas] == ["ready", "ready", "starting"]
+            )
             async with load(fleet, 4) as under:
                 await under.more(40)
             assert under.failures == []
@@ -272,7 +274,7 @@ def test_a_large_prompt_finds_the_replica_that_knows_it(configure: Configure) ->
 
 def _tokens(port: int) -> float:
     """How many the stub server has generated."""
-    for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
+    for line in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=DEADLINE).text.splitlines():
         if line.startswith("vllm:generation_tokens_total{"):
             return float(line.rpartition(" ")[2])
     raise AssertionError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import anyio
@@ -13,8 +12,14 @@ from fluidmcp_proxy.errors import ModelNotFound, ModelStarting, ModelStopped, Qu
 from fluidmcp_proxy.models.remote import RemoteServer
 from fluidmcp_proxy.models.scheduler import Scheduler
 from tests.models.doubles import ADDRESS, FakeServer, FakeTransport, model
+from tests.models.virtual_time import BACKEND, VirtualTimeLoop
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return BACKEND
 
 
 @pytest.fixture
@@ -174,7 +179,9 @@ async def test_a_turn_that_comes_in_the_moment_the_patience_ends_is_taken() -> N
             async with queue.first:
                 tasks.start_soon(queue.wait, "patient", 1.0)
                 await anyio.wait_all_tasks_blocked()
-                time.sleep(1.1)  # its deadline is over, and the loop has not seen it
+                loop = asyncio.get_running_loop()
+                assert isinstance(loop, VirtualTimeLoop)
+                loop.pass_time(1.1)  # its deadline is over, and the loop has not seen it
             assert queue.counts() == (1, 0)
     assert queue.entered == ["patient"]
     assert queue.counts() == (0, 0)

@@ -45,7 +45,7 @@ def _development_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def chat(port: int) -> str:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=DEADLINE) as client:
         body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
         answer = await client.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
         text: str = answer.json()["choices"][0]["message"]["content"]

@@ -36,6 +36,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now
 
+    def pass_time(self, seconds: float) -> None:
+        """As when this loop, or its machine, does not come to look for so long."""
+        self._jumping.now += seconds
+
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         """Without its time-out: threads live in real time."""
         await super().shutdown_default_executor()
