@@ -15,7 +15,7 @@ import anyio
 from fluidmcp_proxy.errors import InvalidTarget, ModelNotManaged, ShuttingDown
 from fluidmcp_proxy.gateway.answers import Receive, Send
 from fluidmcp_proxy.gateway.departure import race_departure
-from fluidmcp_proxy.gateway.routing import Verb
+from fluidmcp_proxy.gateway.routes import Verb
 from fluidmcp_proxy.models.fleet import Fleet
 from fluidmcp_proxy.process.output import MAX_LINES, Output
 

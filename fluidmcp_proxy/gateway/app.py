@@ -22,7 +22,7 @@ from fluidmcp_proxy.gateway.leased import LeasedTransport
 from fluidmcp_proxy.gateway.lifespan import serve_lifespan
 from fluidmcp_proxy.gateway.record import RequestRecord, log_request
 from fluidmcp_proxy.gateway.request import Request
-from fluidmcp_proxy.gateway.routing import Forward, Page, Unified
+from fluidmcp_proxy.gateway.routes import Forward, Page, Unified
 from fluidmcp_proxy.gateway.site import Site, exposition
 from fluidmcp_proxy.gateway.table import Table
 from fluidmcp_proxy.gateway.target import read_target

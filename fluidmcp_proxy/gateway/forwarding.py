@@ -16,7 +16,7 @@ from fluidmcp_proxy.gateway.departure import race_departure
 from fluidmcp_proxy.gateway.loading import asks_for_progress, what_it_does
 from fluidmcp_proxy.gateway.relay import AnswerTruncated, Outgoing, Relay
 from fluidmcp_proxy.gateway.request import Request
-from fluidmcp_proxy.gateway.routing import Forward
+from fluidmcp_proxy.gateway.routes import Forward
 from fluidmcp_proxy.gateway.target import Target
 from fluidmcp_proxy.gateway.unified import choose_model
 from fluidmcp_proxy.gateway.websocket import HANDSHAKE_HEADERS, Handshake, WebSocketRelay

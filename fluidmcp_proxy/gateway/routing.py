@@ -6,31 +6,27 @@ It knows which paths exist, which methods they take and which routes of a model'
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from enum import Enum, StrEnum
 from functools import lru_cache
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import TypeVar
 
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.errors import McpEndpointRemoved, MethodNotAllowed, ModelNotFound, PathNotFound
+from fluidmcp_proxy.gateway.routes import (
+    Action,
+    Forward,
+    ListedModel,
+    Logs,
+    ModelPage,
+    Page,
+    Route,
+    StaticFile,
+    Unified,
+    Verb,
+)
 from fluidmcp_proxy.gateway.target import Target
 
-__all__ = [
-    "Action",
-    "Forward",
-    "ListedModel",
-    "Logs",
-    "ModelPage",
-    "Page",
-    "Route",
-    "Router",
-    "StaticFile",
-    "Unified",
-    "Verb",
-    "is_public",
-    "speaks_anthropic",
-]
+__all__ = ["Router", "is_public", "speaks_anthropic"]
 
 _ROOT_ROUTES = frozenset({"tokenize", "detokenize", "rerank", "score", "classify", "pooling"})
 """Routes that vLLM has beside ``/v1``; they take POST."""
@@ -96,99 +92,8 @@ _LABELLED = frozenset(
 _REFUSED_METHODS = frozenset({"TRACE", "TRACK", "CONNECT"})
 _ANY_METHOD = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
-
-# Each kind of route has a ``label``: what logs and metrics call it.
-
-
-class Page(Enum):
-    """An answer of the gateway's own."""
-
-    HEALTH = "/health"
-    READY = "/ready"
-    METRICS = "/metrics"
-    MODELS = "/models"
-    LIST = "/v1/models"
-    STATUS = "/"
-
-    @property
-    def label(self) -> str:
-        """Its path."""
-        return self.value
-
-
 _STATIC = {f"/static/{name}": name for name in ("page.css", "page.js")}
 _PUBLIC = frozenset({Page.HEALTH.value, Page.READY.value, Page.STATUS.value, *_STATIC})
-
-
-@dataclass(frozen=True, slots=True)
-class ModelPage:
-    """The state of one model."""
-
-    model: str
-    label: ClassVar[str] = "/models/{model}"
-
-
-class Verb(StrEnum):
-    """What somebody with an admin key can ask of a model."""
-
-    START = "start"
-    STOP = "stop"
-    RESTART = "restart"
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """Something to be done with one model."""
-
-    model: str
-    verb: Verb
-
-    @property
-    def label(self) -> str:
-        """Its path."""
-        return f"/models/{{model}}/{self.verb}"
-
-
-@dataclass(frozen=True, slots=True)
-class Logs:
-    """What the server of one model prints."""
-
-    model: str
-    label: ClassVar[str] = "/models/{model}/logs"
-
-
-@dataclass(frozen=True, slots=True)
-class StaticFile:
-    """What the status page is made of besides itself."""
-
-    name: str
-    label: ClassVar[str] = "/static/{name}"
-
-
-@dataclass(frozen=True, slots=True)
-class ListedModel:
-    """One element of the list at ``/v1/models``."""
-
-    name: str
-    label: ClassVar[str] = "/v1/models/{name}"
-
-
-@dataclass(frozen=True, slots=True)
-class Unified:
-    """A request below ``/v1/`` for the model that it names itself: ``Router.named`` makes a ``Forward`` of it."""
-
-    label: str
-
-
-class Forward(NamedTuple):
-    """A request for a model's server. ``target`` is the request target there, query included."""
-
-    model: str
-    target: bytes
-    label: str = "other"
-
-
-Route = Page | ModelPage | StaticFile | ListedModel | Action | Logs | Unified | Forward
 _Shown = TypeVar("_Shown", bound=Page | ModelPage | StaticFile | ListedModel | Logs)
 
 

@@ -12,7 +12,7 @@ from fluidmcp_proxy.gateway import events, pages
 from fluidmcp_proxy.gateway.administration import act, send_logs
 from fluidmcp_proxy.gateway.answers import respond
 from fluidmcp_proxy.gateway.request import Request
-from fluidmcp_proxy.gateway.routing import Action, ListedModel, Logs, ModelPage, Page, StaticFile
+from fluidmcp_proxy.gateway.routes import Action, ListedModel, Logs, ModelPage, Page, StaticFile
 from fluidmcp_proxy.gateway.tally import Tally
 from fluidmcp_proxy.gateway.target import Target
 from fluidmcp_proxy.models.fleet import Fleet

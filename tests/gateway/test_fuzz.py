@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fluidmcp_proxy.errors import GatewayError, RequestTooLarge
 from fluidmcp_proxy.gateway.body import RequestBody
-from fluidmcp_proxy.gateway.routing import Forward, Router
+from fluidmcp_proxy.gateway.routes import Forward
+from fluidmcp_proxy.gateway.routing import Router
 from fluidmcp_proxy.gateway.target import read_target
 from tests.gateway.conftest import remote
 from tests.gateway.test_server_nonsense import EVENTS

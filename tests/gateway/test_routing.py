@@ -8,17 +8,8 @@ import pytest
 
 from fluidmcp_proxy.config.load import parse_config
 from fluidmcp_proxy.errors import GatewayError
-from fluidmcp_proxy.gateway.routing import (
-    Forward,
-    ListedModel,
-    ModelPage,
-    Page,
-    Route,
-    Router,
-    StaticFile,
-    Unified,
-    speaks_anthropic,
-)
+from fluidmcp_proxy.gateway.routes import Forward, ListedModel, ModelPage, Page, Route, StaticFile, Unified
+from fluidmcp_proxy.gateway.routing import Router, speaks_anthropic
 from fluidmcp_proxy.gateway.target import Target, read_target
 
 CONFIG: dict[str, Any] = {
