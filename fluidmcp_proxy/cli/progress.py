@@ -11,7 +11,7 @@ import click
 
 from fluidmcp_proxy.cli.terminal import Board, bar, table
 from fluidmcp_proxy.config.faults import printable
-from fluidmcp_proxy.config.models import Start
+from fluidmcp_proxy.config.options import Start
 from fluidmcp_proxy.errors import LifespanNotRunning
 from fluidmcp_proxy.gateway.app import Gateway
 from fluidmcp_proxy.models.state import ModelState, ModelStatus

@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from .arguments import find_option, read_arguments
-from .models import ModelConfig, Start
+from .inheritance import child_environment
+from .models import ModelConfig
+from .options import Start
 from .replicas import replicas_of
-from .settings import child_environment
 
 __all__ = ["overcommitted"]
 

@@ -12,7 +12,8 @@ from fluidmcp_proxy.errors import ConfigError
 from .arguments import read_arguments
 from .endpoint import LOOPBACK, Endpoint, canonical_host
 from .faults import json_path, shown
-from .models import RESERVED_IDS, ModelConfig, Start
+from .models import ModelConfig
+from .options import RESERVED_IDS, Start
 from .replicas import replica_ids
 from .settings import Settings, variable
 from .sources import is_loopback

@@ -16,7 +16,8 @@ from .arguments import Option, ServerArguments, find_option, glued_value, misspe
 from .endpoint import LONGEST_SOCKET, Endpoint, local_endpoint, parse_base_url, unix_endpoint
 from .expansion import expand
 from .faults import from_validation, json_path, kind
-from .models import EndpointEntry, EndpointsEntry, Environment, ModelConfig, ModelEntry, ModelOptions, Start
+from .models import Environment, ModelConfig
+from .options import EndpointEntry, EndpointsEntry, ModelEntry, ModelOptions, Start
 from .replicas import check_list, check_replicas
 from .secrets import secret_arguments, secrets_of_environment, secrets_of_expansion, worth_redacting
 

@@ -18,7 +18,8 @@ from .checks import check_aliases, check_groups, check_keys, check_upstreams
 from .document import read_document
 from .entry import parse_entry
 from .faults import json_path, kind, shown, unknown_key
-from .models import MODEL_ID, RESERVED_IDS, GatewayConfig, ModelConfig
+from .models import GatewayConfig, ModelConfig
+from .options import MODEL_ID, RESERVED_IDS
 from .settings import environment, read_settings
 from .wrapper import wrapper_warnings
 

@@ -10,7 +10,8 @@ from fluidmcp_proxy.errors import ConfigError
 from .arguments import ServerArguments, read_arguments
 from .endpoint import Endpoint
 from .faults import json_path
-from .models import EndpointsEntry, Environment, ModelConfig, ModelEntry
+from .models import Environment, ModelConfig
+from .options import EndpointsEntry, ModelEntry
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .models import MODEL_ID, RESERVED_IDS, ModelEntry
+from .options import MODEL_ID, RESERVED_IDS, ModelEntry
 from .settings import GatewaySection
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

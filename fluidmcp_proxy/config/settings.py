@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,13 +22,9 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from fluidmcp_proxy.errors import ConfigError
 
-from .arguments import read_arguments
 from .faults import from_validation, nearest, refusal, shown
 from .keys import FIELDS, Key, all_opening, expanded, named
 from .sources import allowed_host, allowed_origin
-
-if TYPE_CHECKING:
-    from .models import ModelConfig
 
 PREFIX = "FLUIDMCP_"
 INTERNAL_PREFIX = "FLUIDMCP_INTERNAL_"
@@ -36,8 +32,6 @@ INTERNAL_PREFIX = "FLUIDMCP_INTERNAL_"
 CLIENT_KEY = "FLUIDMCP_CLIENT_KEY"
 """Variable with the key that the command line shows to a gateway; no setting. It is not called FLUIDMCP_API_KEY: who
 writes that means API_KEYS, and has to be told."""
-KEEP_ALIVE = 3600
-"""Seconds that a vLLM started here keeps an idle connection (its own default, 5, races with the client's pool)."""
 
 # A Kubernetes service called "fluidmcp" puts FLUIDMCP_PORT=tcp://10.0.0.1:8099 and more into every pod.
 _SERVICE_LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
@@ -245,33 +239,6 @@ def configured_path(environ: Mapping[str, str] | None = None) -> str:
 def client_key(environ: Mapping[str, str] | None = None) -> str | None:
     """The key for a gateway that is reached over HTTP, from ``FLUIDMCP_CLIENT_KEY``."""
     return (environment() if environ is None else environ).get(CLIENT_KEY) or None
-
-
-def child_environment(model: ModelConfig, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a model's program: the gateway's less ``FLUIDMCP_*``, a few defaults, and the model's own.
-
-    ``SPT_NOENV`` keeps setproctitle from erasing the environment that finds stray processes; a long keep-alive avoids
-    the race between vLLM's 5 s and the connection pool; unbuffered output shows what a loading server does. vLLM has
-    its sleep routes in development mode only.
-    """
-    environ = environment() if environ is None else environ
-    inherited = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
-    defaults = {"PYTHONUNBUFFERED": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE)}
-    forced = {"SPT_NOENV": "1"} | ({"VLLM_SERVER_DEV_MODE": "1"} if model.sleep is not None else {})
-    return {**defaults, **inherited, **forced, **model.env}
-
-
-def server_keep_alive(model: ModelConfig, environ: Mapping[str, str] | None = None) -> float | None:
-    """Seconds that the model's server keeps an idle connection; None where that is not known.
-
-    It is for a vLLM started here, which reads it in its environment.
-    """
-    if model.command is None or not read_arguments(model.command, model.args).is_vllm:
-        return None
-    try:
-        return float(child_environment(model, environ)["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"])
-    except ValueError:  # vLLM will say so
-        return None
 
 
 def _list_in(text: str, name: str) -> object:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .arguments import VLLM_PORT, options, read_arguments
 from .faults import json_path, printable, shown
-from .models import MODEL_ID, RESERVED_IDS
+from .options import MODEL_ID, RESERVED_IDS
 
 SCRIPT = "vllm_server.py"
 MODEL_VARIABLE = "VLLM_MODEL_NAME"

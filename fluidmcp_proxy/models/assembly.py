@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from fluidmcp_proxy.config.inheritance import child_environment, server_keep_alive
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.replicas import replicas_of
-from fluidmcp_proxy.config.settings import Settings, child_environment, server_keep_alive
+from fluidmcp_proxy.config.settings import Settings
 from fluidmcp_proxy.models.address import address_of
 from fluidmcp_proxy.models.desk import Inside, shares_a_slot
 from fluidmcp_proxy.models.launcher import ProcessLauncher

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import anyio
 from anyio.abc import TaskGroup
 
-from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig, Start
+from fluidmcp_proxy.config.models import GatewayConfig, ModelConfig
+from fluidmcp_proxy.config.options import Start
 from fluidmcp_proxy.errors import FluidMCPError, ungrouped
 from fluidmcp_proxy.models.assembly import outputs_of, server_of
 from fluidmcp_proxy.models.catalog import Catalog

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from fluidmcp_proxy.config.arguments import read_arguments
 from fluidmcp_proxy.config.endpoint import local_endpoint
+from fluidmcp_proxy.config.inheritance import child_environment
 from fluidmcp_proxy.config.models import ModelConfig
 from fluidmcp_proxy.config.replicas import gets_a_socket
-from fluidmcp_proxy.config.settings import child_environment
 from fluidmcp_proxy.errors import FluidMCPError
 from fluidmcp_proxy.models.address import CHOSEN, address_of
 from fluidmcp_proxy.models.child import CannotStart

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fluidmcp_proxy.config.models import RestartPolicy
+from fluidmcp_proxy.config.options import RestartPolicy
 
 __all__ = ["MAX_DELAY", "STABLE_AFTER", "Restarts"]
 

@@ -13,7 +13,7 @@ from math import inf
 
 import anyio
 
-from fluidmcp_proxy.config.models import Start
+from fluidmcp_proxy.config.options import Start
 from fluidmcp_proxy.errors import (
     GatewayError,
     ModelFailed,

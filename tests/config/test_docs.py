@@ -12,9 +12,11 @@ import pytest
 
 import fluidmcp_proxy.config
 from fluidmcp_proxy.config import parse_config
+from fluidmcp_proxy.config.inheritance import KEEP_ALIVE
 from fluidmcp_proxy.config.load import TOP_LEVEL
-from fluidmcp_proxy.config.models import RESERVED_IDS, EndpointsEntry, ModelConfig, ModelEntry
-from fluidmcp_proxy.config.settings import KEEP_ALIVE, GatewaySection, Settings, variable
+from fluidmcp_proxy.config.models import ModelConfig
+from fluidmcp_proxy.config.options import RESERVED_IDS, EndpointsEntry, ModelEntry
+from fluidmcp_proxy.config.settings import GatewaySection, Settings, variable
 from fluidmcp_proxy.config.wrapper import ARGUMENTS
 from fluidmcp_proxy.errors import ConfigError
 

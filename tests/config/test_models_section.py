@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fluidmcp_proxy.config import RestartPolicy, parse_config
-from fluidmcp_proxy.config.models import Start
+from fluidmcp_proxy.config.options import Start
 from fluidmcp_proxy.errors import ConfigError
 
 Refuse = Callable[..., ConfigError]

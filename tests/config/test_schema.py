@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 from fluidmcp_proxy.config import parse_config
-from fluidmcp_proxy.config.models import ModelEntry
+from fluidmcp_proxy.config.options import ModelEntry
 from fluidmcp_proxy.config.schema import json_schema
 from fluidmcp_proxy.config.settings import GatewaySection
 from fluidmcp_proxy.errors import ConfigError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluidmcp_proxy.config.models import RestartPolicy
+from fluidmcp_proxy.config.options import RestartPolicy
 from fluidmcp_proxy.models.restart import MAX_DELAY, STABLE_AFTER, Restarts
 
 
