@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-__all__ = ["Process", "descendants", "find", "kill_cgroup", "members", "processes", "remove_cgroup"]
+__all__ = ["Process", "descendants", "find", "kill_cgroup", "members", "processes", "remove_cgroup", "youngest_first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,37 @@ def processes() -> Iterator[Process]:
 
     So one that forks and exits all the time is looked at before it has passed its place on.
     """
-    try:
-        names = filter(str.isdigit, os.listdir("/proc"))
-    except OSError:
-        return
-    for name in sorted(names, key=int, reverse=True):
-        if (process := _read(name)) is not None:
+    for pid in youngest_first():
+        if (process := find(pid)) is not None:
             yield process
+
+
+def youngest_first() -> list[int]:
+    """Every pid."""
+    try:
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        with open("/proc/loadavg", "rb") as file:
+            newest = int(file.read().split()[-1])
+    except OSError:
+        return []
+    return by_age(pids, newest)
+
+
+def by_age(pids: Iterable[int], newest: int) -> list[int]:
+    """The youngest first: pids are given out in turn, and from the beginning again after the highest."""
+    return sorted(pids, key=lambda pid: (pid <= newest, pid), reverse=True)
 
 
 def find(pid: int) -> Process | None:
     """The process with that pid, unless there is none or it is a zombie."""
-    return _read(str(pid))
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1:  # the main thread may end before the others
+        return None
+    return Process(pid, int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
 
 
 def descendants(root: int) -> frozenset[int]:
@@ -82,17 +101,6 @@ def members(head: Process | None, marker: str) -> Iterator[Process]:
     for process in processes():
         if (head and head.pid in (process.session, process.group)) or wanted in _environment(process.pid):
             yield process
-
-
-def _read(name: str) -> Process | None:
-    try:
-        with open(f"/proc/{name}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1:  # the main thread may end before the others
-        return None
-    return Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
 
 
 def _environment(pid: int) -> bytes:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from fluidmcp_proxy.process.tree import youngest_first
 from tests.serving import STUB, eventually
 
 STUB_COMMAND = [sys.executable, "-S", "-E", str(STUB), "serve", "m"]
@@ -27,7 +28,7 @@ class Mark:
     def pids(self) -> set[int]:
         """Those that are no zombies, which have no environment any more."""
         value = self.value.encode()
-        return {pid for pid in everyone() if value in content(pid, "environ")}
+        return {pid for pid in youngest_first() if value in content(pid, "environ")}
 
     def count(self) -> int:
         return len(self.pids())
@@ -41,11 +42,6 @@ class Mark:
         for pid in self.pids():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def everyone() -> list[int]:
-    """Every process, the youngest first: one that forks and exits all the time is gone when its turn comes late."""
-    return sorted(map(int, filter(str.isdigit, os.listdir("/proc"))), reverse=True)
 
 
 def content(pid: int, name: str) -> bytes:
@@ -68,13 +64,13 @@ def is_alive(pid: int) -> bool:
 
 def guardians(parent: int) -> list[int]:
     """The guardians that ``parent`` has started."""
-    found = [pid for pid in everyone() if GUARDIAN in content(pid, "cmdline")]
+    found = [pid for pid in youngest_first() if GUARDIAN in content(pid, "cmdline")]
     return [pid for pid in found if (fields := stat(pid)) and int(fields[1]) == parent]
 
 
 def children(parent: int) -> list[int]:
     """Its children, zombies included."""
-    return [pid for pid in everyone() if (fields := stat(pid)) and int(fields[1]) == parent]
+    return [pid for pid in youngest_first() if (fields := stat(pid)) and int(fields[1]) == parent]
 
 
 @contextlib.contextmanager

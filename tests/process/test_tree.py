@@ -67,6 +67,12 @@ def test_members_by_their_mark_or_by_their_session(mark: Mark, start: Start) -> 
     scrubbed.kill()
 
 
+def test_the_youngest_come_first_also_after_the_highest_pid() -> None:
+    assert tree.by_age([1, 42, 7, 900, 32000], 42) == [42, 7, 1, 32000, 900]
+    assert tree.by_age([1, 42, 7, 900, 32000], 32767) == [32000, 900, 42, 7, 1]
+    assert {1, os.getpid()} <= set(tree.youngest_first())
+
+
 def test_a_zombie_is_no_process(mark: Mark, start: Start) -> None:
     process = start("/bin/true")
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
