@@ -230,7 +230,7 @@ REQUESTS = [block for block in blocks("bash") if "curl" in block.values[0]]
 @pytest.mark.parametrize("text", REQUESTS)
 def test_requests_by_curl_are_answered(text: str, everywhere: int) -> None:
     command = text.replace("curl ", "curl --silent --show-error --fail ").replace(":8099/", f":{everywhere}/")
-    result = subprocess.run(["bash", "-ec", command], capture_output=True, text=True, check=False, timeout=100)
+    result = subprocess.run(["bash", "-ec", command], capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stderr
     assert '"choices"' in result.stdout
 
@@ -346,7 +346,7 @@ def test_the_line_about_a_taken_port_is_real() -> None:
         config = Path(name, "models.json")
         config.write_text(json.dumps({"llmModels": {"m": {"endpoints": {"base_url": "http://127.0.0.1:1/v1"}}}}))
         command = [sys.executable, "-m", "fluidmcp_proxy", "run", str(config), "--port", str(port)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 3
     assert result.stderr.replace(str(port), "8099") in text_of("troubleshooting.md")
 

@@ -39,7 +39,7 @@ def tool(name: str) -> str:
 
 
 def accepted(*command: str | Path) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -134,7 +134,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 def complaints(analyze: str, unit: Path) -> list[str]:
     """What is said about the unit; a directive that cannot be read is no failure of the command."""
-    result = subprocess.run([analyze, "verify", unit], capture_output=True, text=True, check=False, timeout=100)
+    result = subprocess.run([analyze, "verify", unit], capture_output=True, text=True, check=False, timeout=240)
     return [line for line in result.stderr.splitlines() if unit.name in line]
 
 

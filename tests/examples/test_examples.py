@@ -95,7 +95,7 @@ def test_the_openai_sdk(environment: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("openai")
     with run(environment, on_free_ports("vllm-config.json", tmp_path)) as port:
         script = [sys.executable, str(EXAMPLES / "openai_client.py"), f"http://127.0.0.1:{port}/vllm/v1"]
-        output = subprocess.run(script, capture_output=True, text=True, check=True, timeout=100).stdout
+        output = subprocess.run(script, capture_output=True, text=True, check=True, timeout=240).stdout
     for said in ("What is Python?", "How do I sort a list in Python?", "Tell me a story."):
         assert said in output
 
@@ -166,13 +166,13 @@ def test_middleware(environment: dict[str, str], tmp_path: Path) -> None:
 
 def test_the_hosts_test(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_host_app.py")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert "2 passed" in result.stdout, result.stdout
 
 
 def test_the_tour_with_the_stub(environment: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--stub", "--once", "--port", str(free_port())]
     command += ["--cache", str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "Answer:" in result.stdout

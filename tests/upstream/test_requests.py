@@ -364,8 +364,8 @@ async def test_slow_reader_pauses_the_server(wire: str, framing: str) -> None:
             extra = b"transfer-encoding: chunked\r\n"
         await peer.send(b"HTTP/1.1 200 OK\r\n" + extra + b"\r\n")
         while sent < total:
-            await peer.send(b"10000\r\n" + piece + b"\r\n" if framing == "chunked" else piece)
             sent += len(piece)
+            await peer.send(b"10000\r\n" + piece + b"\r\n" if framing == "chunked" else piece)
         if framing == "chunked":
             await peer.send(b"0\r\n\r\n")
 
