@@ -8,6 +8,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,33 @@ def test_what_needs_a_restart_is_said(program: Program, config: Path, ask: Ask) 
         assert answer.stderr == "unchanged until a restart: drain_timeout\n"
 
 
+ON_A_TERMINAL = """
+import os, signal, sys
+outputs = os.dup(1), os.dup(2)
+os.login_tty(int(sys.argv[1]))
+for number, output in enumerate(outputs, 1):
+    os.dup2(output, number)
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[2]))  # the tests may be run by nohup
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 @contextlib.contextmanager
-def hung_up(config: Path, mark: Mark, prepare: Callable[[], None]) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A gateway after ``prepare()`` in its process, and what it says."""
+def hung_up(
+    config: Path, mark: Mark, terminal: int = -1, hup: str = ""
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A gateway that heeds hang-ups as ``hup`` says on that terminal, or one without any; and what it says."""
+    on_terminal = [sys.executable, "-c", ON_A_TERMINAL, str(terminal), hup] if hup else []
     output = config.with_name("output")
     env = {**os.environ, "PATH": f"{config.parent / 'bin'}:{os.environ['PATH']}", "FAULT_TEST": mark.value}
     with output.open("w") as file:
         process = subprocess.Popen(
-            [*FLUIDMCP, str(config), "--port", "0"], env=env, stdout=file, stderr=file, preexec_fn=prepare
+            [*on_terminal, *FLUIDMCP, str(config), "--port", "0"],
+            env=env,
+            stdout=file,
+            stderr=file,
+            pass_fds=[terminal] if hup else [],
+            start_new_session=not hup,
         )
     try:
         eventually(lambda: "ready at" in output.read_text() or process.poll() is not None, "ready")
@@ -125,7 +145,7 @@ def hung_up(config: Path, mark: Mark, prepare: Callable[[], None]) -> Iterator[t
 
 def test_hangup_of_a_daemon(config: Path, mark: Mark, ask: Ask) -> None:
     """Without a controlling terminal it reads its file again, and bears a bad one."""
-    with hung_up(config, mark, os.setsid) as (process, output):
+    with hung_up(config, mark) as (process, output):
         good = config.read_text()
         config.write_text("{")
         process.send_signal(signal.SIGHUP)
@@ -143,16 +163,8 @@ def test_hangup_of_a_daemon(config: Path, mark: Mark, ask: Ask) -> None:
 def test_hangup_of_a_terminal(config: Path, mark: Mark, is_ignored: bool) -> None:
     """It ends, as by SIGTERM, unless nohup has it ignore the signal."""
     master, slave = pty.openpty()
-
-    def prepare() -> None:
-        outputs = os.dup(1), os.dup(2)
-        os.login_tty(os.dup(slave))
-        for number, output in enumerate(outputs, 1):
-            os.dup2(output, number)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)  # the tests may be run by nohup
-
     try:
-        with hung_up(config, mark, prepare) as (process, output):
+        with hung_up(config, mark, slave, "SIG_IGN" if is_ignored else "SIG_DFL") as (process, output):
             process.send_signal(signal.SIGHUP)
             if is_ignored:
                 process.send_signal(signal.SIGTERM)

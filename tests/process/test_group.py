@@ -20,6 +20,7 @@ from fluidmcp_proxy.process.group import CommandError, ExitStatus, ProcessGroup,
 from fluidmcp_proxy.process.output import Output
 from fluidmcp_proxy.process.owner import Ownership
 from tests.process.marks import STUB_COMMAND, Mark, content, guardians
+from tests.serving import DEADLINE
 
 pytestmark = pytest.mark.anyio
 
@@ -368,7 +369,7 @@ def test_on_trio(mark: Mark) -> None:
 def test_in_another_thread_than_the_main_one(mark: Mark) -> None:
     thread = threading.Thread(target=anyio.run, args=(_whole_life, mark))
     thread.start()
-    thread.join(20)
+    thread.join(DEADLINE)
     assert not thread.is_alive()
     assert not mark.pids()
 
