@@ -315,6 +315,7 @@ async def test_an_exception_in_the_body_passes_through(mark: Mark) -> None:
             raise Stop
 
 
+@pytest.mark.timeout(600)
 async def test_cancelled_at_every_await(mark: Mark) -> None:
     """The cancellation arrives ever later, until the end comes first."""
     reached_the_end = False

@@ -81,17 +81,16 @@ def test_the_gateway_ends_by_a_signal(mark: Mark, number: int) -> None:
         eventually(lambda: not is_alive(guarding), "the guardian's end")
 
 
-def test_sigkill_at_a_random_moment(mark: Mark) -> None:
+@pytest.mark.parametrize("_", range(6))
+def test_sigkill_at_a_random_moment(mark: Mark, _: int) -> None:
     """The guardian may not even be one yet by then, so what is left is known by whose child it becomes."""
-    with adopting() as none_left:
-        for _ in range(6):
-            with gateway(mark) as process:
-                until_printed(process, "begun")
-                time.sleep(random.uniform(0, 0.05))  # from before the guardian's start to a tree that is complete
-                process.kill()
-                process.wait()
-                eventually(none_left, "the guardian's end")
-                assert not mark.pids()
+    with adopting() as none_left, gateway(mark) as process:
+        until_printed(process, "begun")
+        time.sleep(random.uniform(0, 0.05))  # from before the guardian's start to a tree that is complete
+        process.kill()
+        process.wait()
+        eventually(none_left, "the guardian's end")
+        assert not mark.pids()
 
 
 def test_a_process_that_the_host_has_forked_keeps_nothing_alive(mark: Mark) -> None:
