@@ -172,6 +172,8 @@ def make_cgroup() -> str:
             mount = next(line.split() for line in file if " - cgroup2 " in line)
         if mount[3] == "/":  # else the paths in /proc/self/cgroup are not below the mount
             folder = os.path.join(mount[4], own, f"fluidmcp-{os.getpid()}")
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # left, and empty, by a guardian of this pid that was killed
             os.mkdir(folder)
             if os.path.exists(os.path.join(folder, "cgroup.kill")):  # Linux 5.14
                 return folder

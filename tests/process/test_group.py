@@ -392,6 +392,14 @@ def cgroups() -> Path:
     return Path(made).parent
 
 
+def test_an_empty_cgroup_of_an_earlier_process_is_no_hindrance(cgroups: Path) -> None:
+    folder = guardian.make_cgroup()
+    try:
+        assert guardian.make_cgroup() == folder == str(cgroups / f"fluidmcp-{os.getpid()}")
+    finally:
+        os.rmdir(folder)
+
+
 def path_of_cgroup(pid: int) -> list[str]:
     (line,) = (line for line in content(pid, "cgroup").decode().splitlines() if line.startswith("0::"))
     return line.split("/")
