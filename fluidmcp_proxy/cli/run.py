@@ -21,6 +21,7 @@ from uvicorn.server import HANDLED_SIGNALS
 from fluidmcp_proxy.cli.control import serve_control
 from fluidmcp_proxy.cli.faults import BadConfiguration
 from fluidmcp_proxy.cli.logs import Terminal, configure_logging
+from fluidmcp_proxy.cli.memory import keep_freed_memory
 from fluidmcp_proxy.cli.progress import report_progress, url_of
 from fluidmcp_proxy.cli.protocol import GatewayProtocol
 from fluidmcp_proxy.cli.reload import Reload, heed_hangups, reloading
@@ -184,6 +185,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the way for the command line, too, once this gateway is known to be the only one."""
         await super().startup(sockets)
+        keep_freed_memory()
         gc.freeze()  # what is there by now stays: not to be looked through again with every full collection
         if self._tasks is not None:
             self._tasks.start_soon(serve_control, self._gateway, self._url, self._reload)
